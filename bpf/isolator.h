@@ -1,0 +1,307 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/*
+ * What the kernel's half and Python's half share: every number and every layout, defined once.
+ * isolator/datapath/abi.py mirrors the layouts, isolator/core/model.py the numbers; a test compares
+ * each offset, size and number with this header.
+ *
+ * All integers are in host byte order, but for those called be16 and for addresses, which stand as
+ * on the wire. IPv4 addresses are mapped into IPv6 (::ffff:a.b.c.d, RFC 4291 section 2.5.5.2).
+ */
+#ifndef ISOLATOR_H
+#define ISOLATOR_H
+
+#define ISOLATOR_LAYOUT 1 /* raise it with every change of a map's key or value */
+
+/* Bounds; each has a drop reason for when it is reached. */
+#define PORTS_MAX 8192
+#define ADDRESSES_MAX 65536
+#define IDENTITIES_MAX 131072
+#define POLICY_MAX 1048576
+#define FLOWS4_MAX 262144
+#define FLOWS7_MAX 65536
+#define ENDPOINTS_MAX 4096
+#define EVENTS_BYTES (1 << 20)
+#define DOORBELL_BYTES 4096
+#define RECORD_MAX 1460       /* one wire segment (R0) */
+#define WINDOWS_MAX 4         /* pass windows kept per direction (R8) */
+#define WINDOW_BYTES_MAX (1u << 30)
+#define REASONS_MAX 64
+
+/* Direction of a packet, seen from the endpoint: ingress goes to the container. */
+enum direction { INGRESS = 0, EGRESS = 1 };
+
+/* Which end of a splice a port is. What arrives at the container port is egress. */
+enum side { SIDE_CONTAINER = 0, SIDE_NETWORK = 1 };
+
+enum verdict {
+	VERDICT_NONE = 0,
+	VERDICT_ALLOW = 1,
+	VERDICT_DROP = 2,
+	VERDICT_RESET = 3,   /* drop, and Python answers with a RST or an ICMP error */
+	VERDICT_INSPECT = 4, /* a layer-7 profile decides, message by message */
+};
+
+/* Every drop has one of these, here, in Python, in metrics and on screen. */
+enum drop_reason {
+	REASON_NONE = 0,
+	/* the frame */
+	REASON_MALFORMED = 1,
+	REASON_LENGTH_MISMATCH = 2,
+	REASON_ETHERTYPE = 3,
+	REASON_VLAN = 4,
+	REASON_FOREIGN_MAC = 5,
+	REASON_FOREIGN_DESTINATION = 6,
+	REASON_FOREIGN_SOURCE = 7,
+	REASON_FRAGMENT = 8,
+	REASON_IP_OPTIONS = 9,
+	REASON_EXTENSION_HEADER = 10,
+	REASON_NEIGHBOUR_SPOOF = 11,
+	REASON_ICMP_UNRELATED = 12,
+	REASON_PROTOCOL = 13,
+	/* the policy */
+	REASON_POLICY_DENY = 16,    /* a rule says deny */
+	REASON_POLICY_DEFAULT = 17, /* selected, and no rule allows it */
+	REASON_NO_POLICY = 18,      /* nothing is known of the endpoint: closed */
+	/* the flow */
+	REASON_TCP_FLAGS = 24,
+	REASON_SYN_PAYLOAD = 25,
+	REASON_TCP_STATE = 26,
+	REASON_FLOW_CLOSED = 27,
+	REASON_RECORD_MISMATCH = 28,
+	REASON_URGENT = 29,
+	REASON_STATE_LOST = 30,
+	REASON_OUT_OF_WINDOW = 31,
+	REASON_BAD_CHECKSUM = 32,
+	REASON_HELD_FULL = 33,
+	REASON_FLOWS_FULL = 34,
+	/* the agent */
+	REASON_AGENT_DOWN = 40,
+	REASON_SNAPLEN = 41,
+	REASON_INTERNAL = 42,
+	/* layer 7, Python only */
+	REASON_HTTP_DENY = 48,      /* a rule says deny */
+	REASON_HTTP_NO_RULE = 49,   /* no rule allows the request */
+	REASON_HTTP_MALFORMED = 50,
+	REASON_HTTP_AMBIGUOUS = 51, /* two servers could read it differently */
+	REASON_HTTP_UPGRADE = 52,
+	REASON_HTTP_TOO_LONG = 53,
+	REASON_NOT_HTTP = 54,
+};
+
+/* Why a frame went to Python. */
+enum punt_reason {
+	PUNT_NONE = 0,
+	PUNT_PAYLOAD = 1,   /* new payload of an inspected flow */
+	PUNT_CLOSED = 2,    /* the client of a denied flow */
+	PUNT_MISMATCH = 3,  /* differs from the record: reset both ends */
+	PUNT_REVERSE = 4,   /* Python follows the answers for now */
+	PUNT_RESET = 5,     /* VERDICT_RESET: answer it */
+	PUNT_STATE_LOST = 6,/* an inspected flow whose boundary nobody knows: reset it */
+};
+
+/* The 32 bits that go with a punted frame (bpf_set_hash, arrives as tp_rxhash). */
+#define PUNT_CONTEXT(endpoint, side, reason, incarnation)                    \
+	(((__u32)(endpoint) << 1 | (side)) & 0xffff) | (__u32)(reason) << 16 | \
+		(__u32)((incarnation) & 0xff) << 24
+
+/* ports: ifindex → port */
+#define PORT_XDP_FORWARD 1 /* both ends keep checksums through an XDP redirect (not so on veth) */
+struct port {
+	__u32 peer_ifindex; /* the other port of the splice */
+	__u32 endpoint;     /* 1 … 32767 */
+	__u8 side;
+	__u8 flags;
+	__u8 mac[6]; /* the container's */
+};
+
+/* addresses: the endpoint's own; a source outside them is foreign */
+struct address_key {
+	__u32 endpoint;
+	__u8 address[16];
+};
+
+/* identities: longest prefix. The generation stands inside the prefix: a policy's generations never mix. */
+struct identity_key {
+	__u32 prefixlen; /* 32 + 0 … 128 */
+	__u32 generation;
+	__u8 address[16];
+};
+
+/* policy: first of (peer, protocol, port), (peer, protocol, 0), (peer, 0, 0), (0, 0, 0) decides */
+struct policy_key {
+	__u32 generation;
+	__u32 endpoint;
+	__u32 peer; /* identity; 0: any */
+	__u16 port; /* the serving side's */
+	__u8 protocol;
+	__u8 direction;
+};
+#define POLICY_AUDIT 1     /* recorded */
+#define POLICY_TRIAL 2     /* monitor mode: would be denied for `reason`, is allowed */
+#define POLICY_FAIL_OPEN 4 /* with the agent down, what needs Python passes */
+struct policy_value {
+	__u8 verdict;
+	__u8 flags;
+	__u8 reason; /* of a drop, or of the drop that a trial would make */
+	__u8 pad;
+	__u32 profile; /* of VERDICT_INSPECT */
+	__u32 rule;
+	__u32 pad2;
+	__u64 hits; /* flows it has decided */
+};
+
+/* A flow's name: the endpoint's side is `local`, whichever way a packet goes. ICMP echo: id as both ports. */
+struct flow_key {
+	__u32 endpoint;
+	__u8 local[16];
+	__u8 remote[16];
+	__u16 local_port;  /* be16 */
+	__u16 remote_port; /* be16 */
+	__u8 protocol;
+	__u8 pad[3];
+};
+
+/* flows4: LRU; can be rebuilt from policy at any time */
+#define FLOW_AUDIT 1
+#define FLOW_FAIL_OPEN 4
+#define FLOW_PASSED_OPEN 8 /* passed while the agent was down: never called enforced */
+struct flow4 {
+	__u64 packets[2]; /* by direction */
+	__u64 bytes[2];
+	__u64 last_seen; /* CLOCK_MONOTONIC, ns */
+	__u32 generation;
+	__u32 rule;
+	__u32 identity;
+	__u8 verdict;
+	__u8 reason;
+	__u8 initiator; /* direction of the first packet */
+	__u8 flags;
+};
+
+/* A half's state word (R0): next | owner << 32 | punts << 34, changed only by compare-and-swap. */
+enum owner { OWNER_KERNEL = 0, OWNER_BUSY = 1, OWNER_PYTHON = 2, OWNER_CLOSED = 3 };
+#define WORD(next, owner, punts) ((__u64)(__u32)(next) | (__u64)(owner) << 32 | (__u64)(punts) << 34)
+#define WORD_NEXT(word) ((__u32)(word))
+#define WORD_OWNER(word) ((__u32)((word) >> 32) & 3)
+#define WORD_PUNTS(word) ((__u32)((word) >> 34))
+
+/* Sequence numbers [from, to) that pass uninspected; from == to: none. */
+struct window {
+	__u32 from;
+	__u32 to;
+};
+
+/* One direction of an inspected flow. On the client's half `record` is the last accepted message's bytes.
+ * On the server's half it is the beginning of the answer that begins at record_seq: there the kernel fills
+ * it (record_len 0 → n) from the first segment that starts at record_seq. */
+#define HALF_FIN 1
+#define HALF_RST 2
+struct half {
+	__u64 word;
+	__u64 remaining; /* the dissector's state at `next`: bytes of body or chunk still to come after `next` */
+	__u32 mode;      /* the dissector's state at `next`, see parsers/http1.py */
+	__u32 acked;     /* what the other end has acknowledged of this half, never beyond next */
+	struct window windows[WINDOWS_MAX];
+	__u32 window_at; /* which of them is written next */
+	__u32 record_seq;
+	__u16 record_len;
+	__u8 flags;
+	__u8 pad[5];
+	__u8 record[RECORD_MAX + 4];
+};
+
+/* flows7: inspected flows; a plain hash, never evicted */
+#define FLOW7_LIVE 1    /* a SYN-ACK was seen for the pending SYN */
+#define FLOW7_PENDING 2 /* a SYN waits for its SYN-ACK (R9) */
+struct flow7 {
+	__u64 last_seen;
+	__u64 packets[2];
+	__u64 bytes[2];
+	__u32 profile;
+	__u32 rule;
+	__u32 generation;
+	__u32 identity;
+	__u32 pending_seq; /* of the SYN that waits */
+	__u32 incarnation; /* + 1 with each SYN-ACK that takes effect */
+	__u8 initiator;    /* direction of the SYN; that half is inspected */
+	__u8 state;        /* FLOW7_… */
+	__u8 flags;        /* FLOW_… */
+	__u8 pad[5];
+	struct half half[2]; /* by direction */
+};
+
+/* What Python does to an inspected flow, through a syscall program. */
+enum flow7_op {
+	FLOW7_COMMIT = 1, /* record, window, mode, remaining; then next moves on */
+	FLOW7_OWN = 2,    /* set one half's owner */
+	FLOW7_DELETE = 3, /* forget the flow and give its place back */
+};
+#define COMMIT_RECORD 1 /* record[record_seq, +record_len) replaces the half's record */
+#define COMMIT_WINDOW 2 /* window is added */
+#define COMMIT_MARK 4   /* the answer begins where the other half stands now */
+enum flow7_result { FLOW7_OK = 0, FLOW7_GONE = 1, FLOW7_STALE = 2 /* incarnation, owner or next not as expected */ };
+struct flow7_command {
+	struct flow_key key;
+	__u8 op;
+	__u8 direction; /* the half */
+	__u8 flags;     /* COMMIT_… */
+	__u8 owner;     /* the owner to set */
+	__u32 incarnation;
+	__u32 expect_next; /* COMMIT: where next must stand */
+	__u32 next;
+	__u32 mode;
+	__u64 remaining;
+	struct window window;
+	__u32 record_seq;
+	__u16 record_len;
+	__u16 pad;
+	/* results */
+	__u32 result;
+	__u32 acked;      /* of this half */
+	__u32 other_next; /* the other half's next */
+	__u32 other_record_len;
+	__u8 record[RECORD_MAX + 4];
+};
+
+/* endpoints: an endpoint's quota of inspected flows */
+struct endpoint {
+	__u32 flows7;
+	__u32 flows7_max;
+};
+
+/* events: ring buffer */
+enum event_type { EVENT_FLOW = 1, EVENT_DROP = 2 };
+struct event {
+	__u64 time; /* CLOCK_MONOTONIC, ns */
+	struct flow_key key;
+	__u32 rule;
+	__u32 identity;
+	__u32 ifindex;
+	__u32 length; /* of the packet, bytes */
+	__u8 type;
+	__u8 verdict;
+	__u8 reason;
+	__u8 direction;
+	__u8 flags; /* FLOW_… */
+	__u8 pad[3];
+};
+
+/* drops: per-CPU array by drop reason */
+struct drop_counter {
+	__u64 packets;
+	__u64 bytes;
+	__u64 last_event; /* frames without a flow are sampled: at most one event each EVENT_INTERVAL_NS per reason and CPU */
+};
+#define EVENT_INTERVAL_NS 10000000ull
+
+/* control: one element, mmapable */
+struct control {
+	__u64 heartbeat;     /* CLOCK_MONOTONIC, ns; written by the agent */
+	__u64 heartbeat_max; /* older than this: the agent is down */
+	__u32 need_wakeup;   /* Python sleeps: ring the doorbell once */
+	__u32 generation;    /* the policy in force */
+	__u32 punt_ifindex;  /* frames for Python are redirected to this */
+	__u32 pad;
+};
+
+#endif
