@@ -165,6 +165,8 @@ struct flow_key {
 #define FLOW_AUDIT 1
 #define FLOW_FAIL_OPEN 4
 #define FLOW_PASSED_OPEN 8 /* passed while the agent was down: never called enforced */
+#define FLOW_DENIED 16     /* flows7: a newer policy denies it at layer 4, for `reason` */
+#define FLOW_PLAIN 32      /* flows7: a newer policy allows it at layer 4; its boundary is lost */
 struct flow4 {
 	__u64 packets[2]; /* by direction */
 	__u64 bytes[2];
@@ -226,7 +228,8 @@ struct flow7 {
 	__u8 initiator;    /* direction of the SYN; that half is inspected */
 	__u8 state;        /* FLOW7_… */
 	__u8 flags;        /* FLOW_… */
-	__u8 pad[5];
+	__u8 reason;
+	__u8 pad[4];
 	struct half half[2]; /* by direction */
 };
 
@@ -292,7 +295,7 @@ struct drop_counter {
 	__u64 bytes;
 	__u64 last_event; /* frames without a flow are sampled: at most one event each EVENT_INTERVAL_NS per reason and CPU */
 };
-#define EVENT_INTERVAL_NS 10000000ull
+#define EVENT_INTERVAL_NS 1000000ull
 
 /* control: one element, mmapable */
 struct control {

@@ -109,6 +109,8 @@ class FlowFlag(IntFlag):
     AUDIT = 1
     FAIL_OPEN = 4
     PASSED_OPEN = 8
+    DENIED = 16
+    PLAIN = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,259 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/*
+ * Inspected flows: the kernel's part of the ten rules (docs/architecture.md). Python owns the boundary of
+ * the client's half; the kernel passes what is proven (acknowledged, equal to the record, inside a pass
+ * window), follows acknowledgements, and hands everything else up.
+ *
+ * Functions stand in the order in which a packet meets them; each returns a `step`.
+ */
+#ifndef ISOLATOR_FLOW7_H
+#define ISOLATOR_FLOW7_H
+
+#include "isolator_maps.h"
+#include "isolator_packet.h"
+
+/* What becomes of a packet: 0 forward · STEP_CUT forward without payload · STEP_DROP | reason · STEP_PUNT | reason */
+#define STEP_FORWARD 0
+#define STEP_CUT 0x100
+#define STEP_DROP 0x200
+#define STEP_PUNT 0x400
+#define STEP_REASON(step) ((step) & 0xff)
+
+/* Sequence numbers compare by their signed distance (RFC 9293 section 3.4). */
+static __always_inline int after(__u32 a, __u32 b)
+{
+	return (__s32)(a - b) > 0;
+}
+
+struct payload_copy {
+	__u8 bytes[RECORD_MAX + 4];
+};
+MAP(BPF_MAP_TYPE_PERCPU_ARRAY, flow7_scratch, __u32, struct flow7, 1, 0);
+MAP(BPF_MAP_TYPE_PERCPU_ARRAY, payload_scratch, __u32, struct payload_copy, 1, 0);
+
+static __always_inline int agent_is_up(void)
+{
+	struct control *c = the_control();
+
+	return c && (__s64)(bpf_ktime_get_ns() - c->heartbeat) < (__s64)c->heartbeat_max;
+}
+
+/* R9: the SYN-ACK for the pending SYN begins a new incarnation; nothing of the old one remains. */
+static __always_inline void incarnate(struct flow7 *f, struct half *client, struct half *server, const struct packet *p)
+{
+	__builtin_memset(client->windows, 0, sizeof(client->windows));
+	client->acked = p->ack;
+	client->record_len = 0;
+	client->mode = 0;
+	client->remaining = 0;
+	client->flags = 0;
+	server->flags = 0;
+	server->acked = p->seq + 1;
+	server->record_seq = p->seq + 1;
+	server->record_len = 0;
+	f->flags &= ~(FLOW_PASSED_OPEN | FLOW_PLAIN);
+	__sync_lock_test_and_set(&server->word, WORD(p->seq + 1, OWNER_KERNEL, 0));
+	__sync_lock_test_and_set(&client->word, WORD(p->ack, OWNER_PYTHON, 0));
+	f->incarnation++;
+	f->state = FLOW7_LIVE;
+}
+
+static __always_inline int on_syn(struct flow7 *f, struct half *client, struct half *server, const struct packet *p,
+				  int from_client)
+{
+	if (p->flags & (TCP_FIN | TCP_RST))
+		return STEP_DROP | REASON_TCP_FLAGS;
+	if (p->payload)
+		return STEP_DROP | REASON_SYN_PAYLOAD;
+	if (from_client != !(p->flags & TCP_ACK))
+		return STEP_DROP | REASON_TCP_STATE;
+	if (from_client) {
+		f->pending_seq = p->seq;
+		f->state |= FLOW7_PENDING;
+	} else if ((f->state & FLOW7_PENDING) && p->ack == f->pending_seq + 1) {
+		incarnate(f, client, server, p);
+	}
+	return STEP_FORWARD;
+}
+
+/* R3: what the server has acknowledged, never beyond what it was given. */
+static __always_inline void acknowledge(struct half *client, __u32 ack)
+{
+	__u32 next = WORD_NEXT(client->word);
+	__u32 acked = client->acked;
+
+	if ((client->flags & HALF_FIN) && ack == next + 1) /* the FIN counts as a byte */
+		ack = next;
+	if (!after(ack, acked) || after(ack, next))
+		return;
+	__sync_val_compare_and_swap(&client->acked, acked, ack); /* lost race: the next acknowledgement says it again */
+}
+
+/* The server's half moves on with its payload; the beginning of the answer is kept. */
+static __always_inline void follow_answer(struct __sk_buff *skb, struct half *server, const struct packet *p)
+{
+	__u64 word = server->word;
+	__u32 end = p->seq + p->payload, length = p->payload;
+
+	if (server->record_len == 0 && p->seq == server->record_seq) {
+		if (length > RECORD_MAX)
+			length = RECORD_MAX;
+		if (length > 0 && length <= RECORD_MAX &&
+		    !bpf_skb_load_bytes(skb, p->payload_at, server->record, length))
+			server->record_len = length;
+	}
+	if (after(end, WORD_NEXT(word)))
+		__sync_val_compare_and_swap(&server->word, word, (word & ~0xffffffffull) | end);
+}
+
+static __always_inline int from_server(struct __sk_buff *skb, struct flow7 *f, struct half *client,
+				       struct half *server, const struct packet *p)
+{
+	__u32 owner = WORD_OWNER(server->word);
+
+	if (owner == OWNER_CLOSED)
+		return STEP_DROP | REASON_FLOW_CLOSED;
+	if (p->flags & TCP_ACK)
+		acknowledge(client, p->ack);
+	if (owner == OWNER_PYTHON)
+		return STEP_PUNT | PUNT_REVERSE;
+	if (p->flags & TCP_RST)
+		server->flags |= HALF_RST;
+	if (p->flags & TCP_FIN)
+		server->flags |= HALF_FIN;
+	if (p->payload)
+		follow_answer(skb, server, p);
+	return STEP_FORWARD;
+}
+
+/* Whether bytes [at, at + length) of the record are the copied ones. */
+__noinline int equals_record(struct half *half, struct payload_copy *copy, __u32 at, __u32 length)
+{
+	__u32 i;
+
+	if (!half || !copy)
+		return 0;
+	for (i = 0; i < RECORD_MAX; i++) {
+		__u32 j = at + i;
+
+		asm volatile("" : "+r"(j)); /* or the verifier sees a check of one register and a use of another */
+		if (i >= length)
+			return 1;
+		if (j >= RECORD_MAX)
+			return 0;
+		if (half->record[j] != copy->bytes[i])
+			return 0;
+	}
+	return 1;
+}
+
+/* R5, the record: 1 equal, 0 different, -1 not wholly covered. */
+static __always_inline int compare_record(struct __sk_buff *skb, struct half *client, const struct packet *p, __u32 start)
+{
+	__u32 zero = 0, at = start - client->record_seq, skip = start - p->seq, length = p->payload - skip;
+	struct payload_copy *copy;
+
+	if (at > RECORD_MAX || length > RECORD_MAX || at + length > client->record_len || length == 0)
+		return -1;
+	copy = bpf_map_lookup_elem(&payload_scratch, &zero);
+	if (!copy || bpf_skb_load_bytes(skb, p->payload_at + skip, copy->bytes, length))
+		return -1;
+	return equals_record(client, copy, at, length);
+}
+
+static __always_inline int in_window(const struct half *client, __u32 start, __u32 end)
+{
+	int i;
+
+#pragma unroll
+	for (i = 0; i < WINDOWS_MAX; i++) {
+		const struct window *w = &client->windows[i];
+		__u32 size = w->to - w->from;
+
+		if (size && start - w->from < size && end - w->from <= size)
+			return 1;
+	}
+	return 0;
+}
+
+/* Something that only Python can decide. */
+static __always_inline int needs_python(struct flow7 *f, struct half *client, int reason)
+{
+	if (!agent_is_up()) {
+		if (!(f->flags & FLOW_FAIL_OPEN))
+			return STEP_DROP | REASON_AGENT_DOWN;
+		f->flags |= FLOW_PASSED_OPEN;
+		return STEP_FORWARD;
+	}
+	__sync_fetch_and_add(&client->word, WORD(0, 0, 1));
+	return STEP_PUNT | reason;
+}
+
+/* Payload of the inspected half: R4, R5, R6. */
+static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f, struct half *client,
+					  const struct packet *p)
+{
+	__u32 next = WORD_NEXT(client->word), acked = client->acked;
+	__u32 end = p->seq + p->payload, start = after(acked, p->seq) ? acked : p->seq;
+	int equal;
+
+	if (!after(end, acked)) /* R4; where a FIN would then lie below `acked`, Python builds a right one */
+		return p->flags & TCP_FIN ? needs_python(f, client, PUNT_PAYLOAD) : STEP_CUT;
+	if (after(end, next)) {
+		if (client->flags & (HALF_FIN | HALF_RST))
+			return STEP_DROP | REASON_TCP_STATE;
+		return needs_python(f, client, PUNT_PAYLOAD);
+	}
+	if (in_window(client, start, end))
+		return STEP_FORWARD;
+	equal = compare_record(skb, client, p, start);
+	if (equal == 1)
+		return STEP_FORWARD;
+	return needs_python(f, client, equal == 0 ? PUNT_MISMATCH : PUNT_PAYLOAD);
+}
+
+static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, struct half *client, const struct packet *p)
+{
+	__u32 next = WORD_NEXT(client->word);
+	int step = STEP_FORWARD;
+
+	if (WORD_OWNER(client->word) == OWNER_CLOSED)
+		return agent_is_up() ? STEP_PUNT | PUNT_CLOSED : STEP_DROP | REASON_FLOW_CLOSED;
+	if (f->flags & FLOW_PASSED_OPEN)
+		return STEP_FORWARD;
+	if (p->payload && (p->flags & TCP_URG))
+		return STEP_DROP | REASON_URGENT;
+	if (p->flags & TCP_RST) { /* only one that the server would believe stops the flow (RFC 5961 section 3) */
+		if (p->payload)
+			return STEP_DROP | REASON_TCP_FLAGS;
+		if (!after(client->acked, p->seq) && !after(p->seq, next))
+			client->flags |= HALF_RST;
+		return STEP_FORWARD;
+	}
+	if (p->payload)
+		step = client_payload(skb, f, client, p);
+	else if ((p->flags & TCP_FIN) && after(p->seq, next))
+		step = needs_python(f, client, PUNT_PAYLOAD);
+	if (step == STEP_FORWARD && (p->flags & TCP_FIN) && p->seq + p->payload == next)
+		client->flags |= HALF_FIN;
+	return step;
+}
+
+/* One packet of an inspected flow. */
+static __always_inline int inspect(struct __sk_buff *skb, struct flow7 *f, const struct packet *p, int direction)
+{
+	int from = f->initiator == direction;
+	struct half *client = &f->half[f->initiator & 1], *server = &f->half[(f->initiator & 1) ^ 1];
+
+	if (f->flags & FLOW_DENIED)
+		return STEP_DROP | f->reason;
+	if (f->flags & FLOW_PLAIN)
+		return STEP_FORWARD;
+	if (p->flags & TCP_SYN)
+		return on_syn(f, client, server, p, from);
+	if (!(f->state & FLOW7_LIVE)) /* a refusal, or an end that gives up */
+		return p->flags & TCP_RST && !p->payload ? STEP_FORWARD : STEP_DROP | REASON_TCP_STATE;
+	return from ? from_client(skb, f, client, p) : from_server(skb, f, client, server, p);
+}
+
+#endif
