@@ -71,6 +71,9 @@ static __always_inline int on_syn(struct flow7 *f, struct half *client, struct h
 		f->pending_seq = p->seq;
 		f->state |= FLOW7_PENDING;
 	} else if ((f->state & FLOW7_PENDING) && p->ack == f->pending_seq + 1) {
+		/* bytes under way: the answer to a repeated SYN must not move the boundary back over them */
+		if ((f->state & FLOW7_LIVE) && client->acked != WORD_NEXT(client->word))
+			return STEP_DROP | REASON_TCP_STATE;
 		incarnate(f, client, server, p);
 	}
 	return STEP_FORWARD;
@@ -234,8 +237,12 @@ static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, s
 		step = client_payload(skb, f, client, p);
 	else if ((p->flags & TCP_FIN) && after(p->seq, next))
 		step = needs_python(f, client, PUNT_PAYLOAD);
-	if (step == STEP_FORWARD && (p->flags & TCP_FIN) && p->seq + p->payload == next)
-		client->flags |= HALF_FIN;
+	if (step == STEP_FORWARD && (p->flags & TCP_FIN)) {
+		if (after(next, p->seq + p->payload)) /* would end the message before its end */
+			return STEP_DROP | REASON_TCP_STATE;
+		if (p->seq + p->payload == next)
+			client->flags |= HALF_FIN;
+	}
 	return step;
 }
 

@@ -11,8 +11,7 @@
 #include "isolator_packet.h"
 #include "isolator_flow4.h"
 
-SEC("xdp.frags")
-int isolator_xdp(struct xdp_md *ctx)
+static __always_inline int classify(struct xdp_md *ctx)
 {
 	void *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
 	__u32 ifindex = ctx->ingress_ifindex;
@@ -37,11 +36,25 @@ int isolator_xdp(struct xdp_md *ctx)
 		count_drop(f->reason, p.length);
 		return XDP_DROP;
 	}
-	if (f->verdict == VERDICT_ALLOW && (port->flags & PORT_XDP_FORWARD) && direction == INGRESS) {
+	if (f->verdict == VERDICT_ALLOW && (port->flags & PORT_XDP_FORWARD) && direction == INGRESS &&
+	    same_mac(((struct ethhdr *)data)->h_dest, port->mac)) {
 		count_flow4(f, &p, direction, now);
 		return bpf_redirect(port->peer_ifindex, 0);
 	}
 	return XDP_PASS;
+}
+
+SEC("xdp.frags")
+int isolator_xdp(struct xdp_md *ctx)
+{
+	return classify(ctx);
+}
+
+/* As generic XDP a program for fragments would cost tc the Ethernet header: the skb made anew has no mac_len. */
+SEC("xdp")
+int isolator_xdp_generic(struct xdp_md *ctx)
+{
+	return classify(ctx);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

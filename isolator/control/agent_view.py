@@ -1,0 +1,116 @@
+"""What the control API needs of the agent, and nothing more. The daemon implements `AgentView`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from isolator.control.flowlog import FlowLog
+from isolator.core.explain import Explanation, Question
+
+
+class EndpointState(StrEnum):
+    WAITING = "waiting"
+    """Configured, and its container is not there."""
+    SPLICED = "spliced"
+    """In place, its policy not in the kernel yet: closed."""
+    ENFORCED = "enforced"
+    FAILED = "failed"
+    """Could not be spliced; `detail` says why. Everything was put back."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointStatus:
+    """An endpoint as it stands. `policies`: the names of those that select it."""
+
+    name: str
+    state: EndpointState
+    labels: dict[str, str] = field(default_factory=dict)
+    netns: str = ""
+    interface: str = ""
+    addresses: list[str] = field(default_factory=list)
+    policies: list[str] = field(default_factory=list)
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """`started`: seconds since 1970. `policy_errors`: what the last reload found wrong, one line each."""
+
+    version: str
+    pid: int
+    started: float
+    state_dir: str
+    generation: int
+    xdp: str
+    endpoints: list[EndpointStatus]
+    policy_errors: list[str] = field(default_factory=list)
+
+    @property
+    def ready(self) -> bool:
+        """Every configured endpoint is spliced and enforced."""
+        return all(endpoint.state is EndpointState.ENFORCED for endpoint in self.endpoints)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyStatus:
+    """A policy in force. `file`: where it was read; `endpoints`: those it selects; `document`: as written."""
+
+    name: str
+    file: str
+    mode: str
+    failure: str
+    endpoints: list[str]
+    document: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """What became of one endpoint; `error` None: its network is as it was before the splice."""
+
+    name: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A Prometheus family. `name` without `isolator_` and `_total`; each sample: its labels and its value."""
+
+    name: str
+    help: str
+    kind: str
+    samples: Sequence[tuple[dict[str, str], float]]
+
+
+class UnknownNameError(Exception):
+    """A command names an endpoint that is not there. The text is meant for people."""
+
+
+class AgentView(Protocol):
+    """The agent, seen from its control socket. Called in the agent's event loop; nothing may block it."""
+
+    @property
+    def flow_log(self) -> FlowLog: ...
+
+    def status(self) -> AgentStatus: ...
+
+    def policies(self) -> list[PolicyStatus]: ...
+
+    def explain(self, question: Question) -> Explanation:
+        """Raises core.explain.QuestionError."""
+        ...
+
+    async def reload(self) -> list[str]:
+        """Reads config and policies again. Returns what is wrong, one line each; if anything is, the old
+        policy stays in force."""
+        ...
+
+    async def restore(self, names: Sequence[str] | None) -> list[RestoreResult]:
+        """Takes splices back (None: all). Raises UnknownNameError before anything is done."""
+        ...
+
+    def metrics(self) -> Iterable[Metric]:
+        """Gauges and counters beyond those of the flow log."""
+        ...

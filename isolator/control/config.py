@@ -1,0 +1,288 @@
+"""isolator.yaml and the policies it names: files to models, everything that is wrong at once.
+
+    load(path) ─┬─ the config: its own problems
+                └─ each policy file: its documents' problems → what holds over all of them (names)
+       → Loaded, or ConfigErrors with every Problem, `file:line:column: what, and what to do`
+
+Paths in the config are relative to its folder. A folder stands for the *.yaml and *.yml files in it, in the
+order of their names, without those in folders below and those that begin with a dot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from isolator.control.fields import Interface, Labels, Name, Netns, checked, wrong
+from isolator.control.findings import inside, mappings, policy_findings
+from isolator.control.problems import ConfigErrors, Problem, raise_errors
+from isolator.control.schema import PolicyModel
+from isolator.control.validation import Strict, validate
+from isolator.control.yaml_source import Document, Path_, read_documents
+from isolator.core.policy import Policy
+
+STATE_DIR_MAX = 90
+"""Characters: a unix socket's path has 107 (sun_path of unix(7)), `/isolator.sock` is a part of it."""
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def check_state_dir(value: str) -> None:
+    if not value.startswith("/") or len(value) > STATE_DIR_MAX or Path(value) == Path("/"):
+        raise wrong(
+            f"an absolute path of {STATE_DIR_MAX} characters at the most, like /run/isolator: not {value!r}"
+        )
+
+
+def check_file(value: str) -> None:
+    if not value:
+        raise wrong("an empty path: name a file or folder")
+
+
+class RuntimeModel(Strict):
+    """Where endpoints come from. `netns`: from `endpoints` below."""
+
+    kind: Literal["netns"] = "netns"
+
+
+class DatapathModel(Strict):
+    """How packets are forwarded. `xdp`: a program at the ports that drops early (bpf/isolator_xdp.bpf.c)."""
+
+    xdp: Literal["off", "native", "generic"] = "off"
+
+
+class EndpointModel(Strict):
+    """One endpoint of the netns runtime: `netns` as in `ip netns list`, and the interface inside."""
+
+    name: Name
+    netns: Netns
+    interface: Interface = "eth0"
+    labels: Labels = Field(default_factory=dict)
+
+
+class ConfigModel(Strict):
+    """isolator.yaml."""
+
+    runtime: RuntimeModel = RuntimeModel()
+    state_dir: Annotated[str, checked(check_state_dir)]
+    policies: list[Annotated[str, checked(check_file)]] = Field(default_factory=list)
+    datapath: DatapathModel = DatapathModel()
+    on_exit: Literal["keep", "restore"] = "keep"
+    endpoints: list[EndpointModel] = Field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The agent's configuration. `policies`: files and folders, as to be opened from the working folder.
+
+    `on_exit`: whether SIGTERM leaves the splices (`keep`) or takes them back (`restore`).
+    """
+
+    path: Path
+    runtime: Literal["netns"]
+    state_dir: Path
+    policies: tuple[Path, ...]
+    xdp: Literal["off", "native", "generic"]
+    on_exit: Literal["keep", "restore"]
+    endpoints: tuple[EndpointModel, ...]
+
+    @property
+    def socket(self) -> Path:
+        """The control socket."""
+        return self.state_dir / "isolator.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySource:
+    """A policy, and the document it was read from. `file` as it is named in messages."""
+
+    policy: Policy
+    file: str
+    document: dict[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the files say. `warnings`: what is allowed and hardly meant."""
+
+    config: Config
+    sources: tuple[PolicySource, ...]
+    warnings: tuple[Problem, ...]
+
+    @property
+    def policies(self) -> list[Policy]:
+        return [source.policy for source in self.sources]
+
+
+# -- the config and all it names ---------------------------------------------------------------------------
+
+
+def load(path: Path | str) -> Loaded:
+    """The config and its policies. Raises ConfigErrors with the problems of all files."""
+    config, named, problems = read_config(Path(path))
+    sources, found = read_policies(named)
+    problems += found
+    if config is None:
+        raise ConfigErrors([problem for problem in problems if not problem.warning])
+    raise_errors(problems)
+    return Loaded(config, tuple(sources), tuple(problems))
+
+
+def load_config(path: Path | str) -> Config:
+    """The config alone; the policies it names must be there, and are not read. Raises ConfigErrors."""
+    config, _, problems = read_config(Path(path))
+    if config is None:
+        raise ConfigErrors(problems)
+    raise_errors(problems)
+    return config
+
+
+def load_policies(paths: Iterable[Path | str]) -> list[Policy]:
+    """The policies in these files and folders. Raises ConfigErrors."""
+    sources, problems = check_policies(paths)
+    raise_errors(problems)
+    return [source.policy for source in sources]
+
+
+def check_policies(paths: Iterable[Path | str]) -> tuple[list[PolicySource], list[Problem]]:
+    """The sound policies in these files and folders, and all problems and warnings."""
+    named = [Path(path) for path in paths]
+    missing = [Problem(str(path), 1, 1, problem) for path in named if (problem := unusable(path))]
+    sources, problems = read_policies([path for path in named if not unusable(path)])
+    return sources, missing + problems
+
+
+# -- isolator.yaml -----------------------------------------------------------------------------------------
+
+
+def read_config(path: Path) -> tuple[Config | None, list[Path], list[Problem]]:
+    """The config, the policy files and folders that are there (also of a bad config), and what is wrong."""
+    documents, problems = read_documents(path)
+    if len(documents) > 1:
+        problems.append(
+            documents[1].problem((), "a second document: a config is one; remove '---' and what follows")
+        )
+    if not documents:
+        return None, [], problems
+    document = documents[0]
+    model, found = validate(document, ConfigModel)
+    problems += [*found, *duplicate_endpoints(document)]
+    named: list[Path] = []
+    for at, text in texts(document.value, "policies"):
+        policies = path.parent / text
+        if problem := unusable(policies):
+            problems.append(document.problem(("policies", at), f"{policies}: {problem}"))
+        else:
+            named.append(policies)
+    return to_config(model, path) if model else None, named, sorted(problems)
+
+
+def to_config(model: ConfigModel, path: Path) -> Config:
+    return Config(
+        path,
+        model.runtime.kind,
+        Path(model.state_dir),
+        tuple(path.parent / text for text in model.policies),
+        model.datapath.xdp,
+        model.on_exit,
+        tuple(model.endpoints),
+    )
+
+
+def texts(value: Any, key: str) -> Iterator[tuple[int, str]]:
+    found = value.get(key) if isinstance(value, dict) else None
+    for at, each in enumerate(found if isinstance(found, list) else ()):
+        if isinstance(each, str) and each:
+            yield at, each
+
+
+def duplicate_endpoints(document: Document) -> Iterator[Problem]:
+    """Names and interfaces that stand twice: an endpoint is one interface, and is known by its name."""
+    lines: dict[tuple[str, ...], int] = {}
+    for at, endpoint in mappings(document.value, "endpoints"):
+        path: Path_ = ("endpoints", at)
+        name, netns, interface = (endpoint.get(key) for key in ("name", "netns", "interface"))
+        claims: dict[tuple[str, ...], tuple[Path_, str]] = {}
+        if isinstance(name, str):
+            claims["name", name] = ((*path, "name"), f"the name {name!r}: give each endpoint its own")
+        if isinstance(netns, str):
+            what = f"{interface or 'eth0'} in netns {netns!r}: remove one of them"
+            claims["interface", netns, str(interface or "eth0")] = (path, what)
+        for key, (where, what) in claims.items():
+            if key in lines:
+                yield document.problem(where, f"the endpoint in line {lines[key]} has {what}")
+            lines.setdefault(key, document.values[where][0])
+
+
+# -- policies ----------------------------------------------------------------------------------------------
+
+
+def unusable(path: Path) -> str | None:
+    """What is wrong with a policy path before it is read."""
+    try:
+        if not path.exists():
+            return "there is no such file or folder: correct the path or make it"
+        if path.is_dir() and not files_in(path):
+            return "the folder holds no .yaml or .yml file: put a policy there, or remove it from the list"
+    except OSError as error:
+        return f"cannot be read ({error.strerror}): check its permissions"
+    return None
+
+
+def files_in(path: Path) -> list[Path]:
+    """The file itself, or a folder's policy files by name."""
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        each for each in path.iterdir() if each.suffix in SUFFIXES and not each.name.startswith(".")
+    )
+
+
+def read_policies(paths: Sequence[Path]) -> tuple[list[PolicySource], list[Problem]]:
+    files = dict.fromkeys(file for path in paths for file in files_in(path))
+    documents: list[Document] = []
+    problems: list[Problem] = []
+    for file in files:
+        found, wrongs = read_documents(file)
+        documents += found
+        problems += wrongs
+    sources = []
+    for document in documents:
+        model, found_problems = validate(document, PolicyModel)
+        found_problems += findings(document)
+        problems += found_problems
+        if (
+            model is not None
+            and not document.problems
+            and not any(not each.warning for each in found_problems)
+        ):
+            sources.append(PolicySource(model.to_core(), document.file, document.value))
+    problems += duplicate_policies(documents)
+    return sources, sorted(problems)
+
+
+def findings(document: Document) -> list[Problem]:
+    return [
+        document.problem(finding.path, finding.message, finding.at_key, finding.warning)
+        for finding in policy_findings(document.value)
+        if not document.is_broken(finding.path)
+    ]
+
+
+def duplicate_policies(documents: Iterable[Document]) -> Iterator[Problem]:
+    places: dict[str, str] = {}
+    for document in documents:
+        name = inside(document.value, "metadata").get("name")
+        if not isinstance(name, str):
+            continue
+        path: Path_ = ("metadata", "name")
+        place = f"{document.file}:{document.values[path][0]}"
+        if name in places:
+            yield document.problem(
+                path, f"{places[name]} is policy {name!r} already: name each policy differently"
+            )
+        places.setdefault(name, place)

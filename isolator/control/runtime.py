@@ -1,0 +1,54 @@
+"""What a runtime (network namespaces by name, Docker, CRI) has to tell: which endpoints there are.
+
+A runtime finds endpoints and follows their coming and going. It decides nothing and touches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeEndpoint:
+    """An endpoint as its runtime names it. `netns`: a path for setns(2); `interface`: its name inside."""
+
+    name: str
+    netns: Path
+    interface: str
+    labels: dict[str, str] = field(default_factory=dict, hash=False)
+
+
+class ChangeKind(StrEnum):
+    APPEARED = "appeared"
+    VANISHED = "vanished"
+    REPLACED = "replaced"
+    """The same name, another network namespace: what was spliced is gone, the new one has to be."""
+    RELABELLED = "relabelled"
+    """Only its labels changed: policy has to be looked at again, the splice stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    kind: ChangeKind
+    endpoint: RuntimeEndpoint
+
+
+class Runtime(Protocol):
+    """Finds endpoints. Implementations: `netns_runtime.NetnsRuntime`."""
+
+    @property
+    def name(self) -> str:
+        """The word for it in the config (`runtime.kind`)."""
+        ...
+
+    def endpoints(self) -> list[RuntimeEndpoint]:
+        """The endpoints that exist now."""
+        ...
+
+    def changes(self) -> AsyncIterator[Change]:
+        """What differs from the last `endpoints()` or change, without end. Cancel it to stop."""
+        ...

@@ -1,0 +1,239 @@
+"""The end of a denied flow: the earlier answers, then the denial, then silence (R10).
+
+From the moment of the denial no byte of the client's reaches the server. If answers to earlier requests are under
+way, the server's half comes through Python until they are complete; then the server is reset and the denial
+takes their place in the stream, sent again until the client has acknowledged it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from isolator.core.answers import denial, locate
+from isolator.core.commands import Command, Delete, Drop, Forward, Own, Read, Report
+from isolator.core.flow import Flow, FlowState, State
+from isolator.core.model import Decision, DropReason, Owner, Verdict
+from isolator.core.segments import remember, resets, to_client, to_server
+from parsers.errors import DissectError
+from parsers.http1 import Request
+from parsers.packet import ACK, FIN, PSH, RST, Segment
+from parsers.reassembly import seq_lt, seq_sub
+
+RESEND_AFTER = 0.3  # s, doubled each time
+RESENDS_MAX = 6
+QUIET_AFTER = 0.2  # s without a byte from the server: then answers nobody can follow count as complete
+DRAIN_WITHIN = 60.0  # s for the earlier answers
+LINGER = 2.0  # s in which a closed flow swallows what still comes
+CLIENT_FIN_WITHIN = 10.0  # s for the client to close its side, then it is reset
+
+_MASK = 0xFFFFFFFF
+
+
+def deny(flow: Flow, seen: int, decision: Decision, request: Request | None, now: float) -> list[Command]:
+    """`seen`: bytes of the client's beyond the boundary that are in hand; they are taken, and go nowhere."""
+    if decision.reason is DropReason.NOT_HTTP:
+        return abort(flow, DropReason.NOT_HTTP, now)
+    flow.state = State.DRAINING
+    flow.decision, flow.request = decision, request
+    flow.client_end = (flow.next + seen) & _MASK
+    if flow.fin_at is not None and flow.fin_at == flow.client_end:
+        flow.client_end, flow.client_fin = (flow.client_end + 1) & _MASK, True
+    flow.wake_at = flow.until = now + DRAIN_WITHIN
+    return [
+        Own(flow, flow.initiator, Owner.CLOSED),
+        Own(flow, flow.initiator.other, Owner.PYTHON),
+        Report(flow, decision, request),
+        Read(flow),
+    ]
+
+
+def abort(flow: Flow, reason: DropReason, now: float) -> list[Command]:
+    """Resets both ends."""
+    flow.state = State.CLOSED
+    flow.wake_at = now + LINGER
+    return [
+        Own(flow, flow.initiator, Owner.CLOSED),
+        Own(flow, flow.initiator.other, Owner.CLOSED),
+        Report(flow, Decision(Verdict.DROP, reason), None),
+        *resets(flow),
+    ]
+
+
+def resume(flow: Flow, pinned: FlowState, now: float) -> list[Command]:
+    """Where the server's half stands, read after its owner became Python: what is missing of the answers?"""
+    server = pinned.server
+    flow.server_at = server.next
+    if flow.requests == 0 and flow.unanswered is not None:
+        return _answer(flow, server.next, now)
+    located = locate(server.record_seq, server.record, server.next, flow.unanswered or ["GET"])
+    if located.done:
+        return _answer(flow, server.next, now)
+    if located.dissector is not None:
+        flow.answers, flow.answers_at, flow.answers_data = located.dissector, located.at, located.begun
+    elif flow.client_at == server.next:  # it had all that was sent before it asked on: it waited for the end
+        return _answer(flow, server.next, now)
+    else:
+        flow.wake_at = now + QUIET_AFTER
+    return []
+
+
+def receive(flow: Flow, segment: Segment, packet: memoryview, from_client: bool, now: float) -> list[Command]:
+    """One frame of a flow that is not open."""
+    if from_client:
+        remember(flow, segment, packet)
+    return _HANDLERS[flow.state, from_client](flow, segment, packet, now)
+
+
+def tick(flow: Flow, now: float) -> list[Command]:
+    if flow.state is State.CLOSED:
+        return [Delete(flow)]
+    if flow.state is State.ANSWERED:
+        return _again(flow, now)
+    if now >= flow.until:
+        return abort(flow, DropReason.FLOW_CLOSED, now)
+    if flow.answers is None and flow.client_at == flow.server_at:
+        return _answer(flow, flow.server_at, now)
+    flow.wake_at = now + QUIET_AFTER if flow.answers is None else flow.until
+    return []
+
+
+# -- draining: the earlier answers -------------------------------------------------------------------------
+
+
+def _client_drains(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
+    """The client's acknowledgements go on, and nothing else of it."""
+    if segment.flags & RST:
+        flow.state, flow.wake_at = State.CLOSED, now + LINGER
+        return [to_server(flow, flow.next, b"", RST | ACK)]
+    _take(flow, segment)
+    return [to_server(flow, flow.next, b"", ACK)]
+
+
+def _server_drains(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
+    """Forwards the answers' bytes in order, up to the end of the last one."""
+    if segment.flags & (RST | FIN):
+        flow.state = State.CLOSED
+        flow.wake_at = now + CLIENT_FIN_WITHIN
+        return [Forward()]
+    lead = seq_sub(flow.server_at, segment.seq)
+    if lead < 0:  # a hole before it: the server will send it again
+        return [Drop(DropReason.OUT_OF_WINDOW)]
+    data = bytes(packet[segment.payload_at + lead : segment.payload_end])
+    if not data:
+        return [Forward()]
+    flow.server_at = (flow.server_at + len(data)) & _MASK
+    if flow.answers is None:
+        flow.wake_at = now + QUIET_AFTER
+        return [Forward()]
+    try:
+        end = _dissect(flow, data)
+    except DissectError:
+        flow.answers = None
+        flow.wake_at = now + QUIET_AFTER
+        return [Forward()]
+    if end is None:
+        return [Forward()]
+    if end == flow.server_at:
+        return [Forward(), *_answer(flow, end, now)]
+    passed = data[: seq_sub(end, flow.server_at) + len(data)]
+    start = (flow.server_at - len(data)) & _MASK
+    return [to_client(flow, start, flow.client_end, passed, PSH | ACK), *_answer(flow, end, now)]
+
+
+def _dissect(flow: Flow, data: bytes) -> int | None:
+    """Reads on in the answers; the sequence number at which the last one ends, once it does."""
+    assert flow.answers is not None
+    flow.answers_data += data
+    at = 0
+    start = (flow.server_at - len(flow.answers_data)) & _MASK
+    ahead = seq_sub(flow.answers_at, start)  # a body that began earlier reaches up to here
+    if ahead > 0:
+        at = ahead
+    while flow.answers.outstanding and at < len(flow.answers_data):
+        piece = flow.answers.advance(flow.answers_data, at)
+        if piece is None:
+            break
+        at += piece.length
+    flow.answers_at = (start + at) & _MASK
+    flow.answers_data = flow.answers_data[at:]
+    if flow.answers.outstanding or seq_lt(flow.server_at, flow.answers_at):
+        return None
+    return flow.answers_at
+
+
+# -- answered: the denial ----------------------------------------------------------------------------------
+
+
+def _answer(flow: Flow, at: int, now: float) -> list[Command]:
+    """Puts the denial at `at` of the server's half, and ends the server's side."""
+    assert flow.decision is not None
+    flow.state = State.ANSWERED
+    flow.answer, flow.answer_at = denial(flow.decision, flow.request), at
+    flow.resends = 0
+    flow.wake_at = now + RESEND_AFTER
+    return [
+        Own(flow, flow.initiator.other, Owner.CLOSED),
+        _denial(flow),
+        to_server(flow, flow.next, b"", RST | ACK),
+    ]
+
+
+def _denial(flow: Flow) -> Command:
+    return to_client(flow, flow.answer_at, flow.client_end, flow.answer, PSH | ACK | FIN)
+
+
+def _answer_end(flow: Flow) -> int:
+    return (flow.answer_at + len(flow.answer) + 1) & _MASK
+
+
+def _again(flow: Flow, now: float) -> list[Command]:
+    flow.resends += 1
+    if flow.resends > RESENDS_MAX:
+        flow.state, flow.wake_at = State.CLOSED, now + LINGER
+        return [to_client(flow, flow.client_at, flow.client_end, b"", RST | ACK)]
+    flow.wake_at = now + RESEND_AFTER * 2**flow.resends
+    return [_denial(flow)]
+
+
+def _client_answered(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
+    """Takes what the client still sends, and acknowledges it, until it has the denial and closes too."""
+    if segment.flags & RST:
+        flow.state, flow.wake_at = State.CLOSED, now + LINGER
+        return []
+    fresh = _take(flow, segment)
+    if not seq_lt(flow.client_at, _answer_end(flow)):
+        flow.state = State.CLOSED
+        flow.wake_at = now + (LINGER if flow.client_fin else CLIENT_FIN_WITHIN)
+    if fresh or segment.payload_length or segment.flags & FIN:
+        return [to_client(flow, _answer_end(flow), flow.client_end, b"", ACK)]
+    return []
+
+
+def _take(flow: Flow, segment: Segment) -> bool:
+    """Moves `client_end` past what the segment brings in sequence; nothing of it is kept."""
+    end = (segment.seq + segment.payload_length + bool(segment.flags & FIN)) & _MASK
+    if flow.client_fin or seq_lt(flow.client_end, segment.seq) or not seq_lt(flow.client_end, end):
+        return False
+    flow.client_end = end
+    flow.client_fin = bool(segment.flags & FIN)
+    return True
+
+
+def _client_closed(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
+    """After the denial the client's FIN is still acknowledged; after a reset nothing is."""
+    return _client_answered(flow, segment, packet, now) if flow.answer else []
+
+
+def _swallow(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
+    return [Drop(DropReason.FLOW_CLOSED)]
+
+
+_Handler = Callable[[Flow, Segment, memoryview, float], list[Command]]
+_HANDLERS: dict[tuple[State, bool], _Handler] = {
+    (State.DRAINING, True): _client_drains,
+    (State.DRAINING, False): _server_drains,
+    (State.ANSWERED, True): _client_answered,
+    (State.ANSWERED, False): _swallow,
+    (State.CLOSED, True): _client_closed,
+    (State.CLOSED, False): _swallow,
+}

@@ -1,0 +1,72 @@
+"""What the inspector asks of the datapath. It decides; the datapath alone acts, in the order given.
+
+A Commit that fails (the flow is gone, or a new incarnation took its place) voids the commands after it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from isolator.core.flow import Flow
+from isolator.core.model import Decision, Direction, DropReason, Owner
+from parsers.http1 import Request
+
+
+class Commit(NamedTuple):
+    """Move the client's boundary: bytes [expect, next) are decided. Comes before the bytes are sent."""
+
+    flow: Flow
+    expect: int
+    next: int
+    record: bytes | None
+    window: tuple[int, int] | None
+    mark: bool
+
+
+class Forward(NamedTuple):
+    """Send the very frame that is in hand, whole."""
+
+
+class Send(NamedTuple):
+    """Send a frame that was built here: vnet header and Ethernet frame, towards `direction` of the endpoint."""
+
+    endpoint: int
+    direction: Direction
+    frame: bytes
+
+
+class Own(NamedTuple):
+    """Set who owns one half of the flow."""
+
+    flow: Flow
+    half: Direction
+    owner: Owner
+
+
+class Read(NamedTuple):
+    """Read the flow's pinned state and hand it to `Inspector.resume`."""
+
+    flow: Flow
+
+
+class Delete(NamedTuple):
+    """Forget the flow, here and in the kernel."""
+
+    flow: Flow
+
+
+class Report(NamedTuple):
+    """One decided message, for the flow log."""
+
+    flow: Flow
+    decision: Decision
+    request: Request | None
+
+
+class Drop(NamedTuple):
+    """Count a frame that goes nowhere."""
+
+    reason: DropReason
+
+
+Command = Commit | Forward | Send | Own | Read | Delete | Report | Drop

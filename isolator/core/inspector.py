@@ -1,0 +1,336 @@
+"""The slow path's decisions: a punted frame in, commands out. No I/O, no clock.
+
+A client's frame of an open flow passes these stages, in this order:
+
+    order   what is old must equal what was forwarded; what is new is put in sequence
+    judge   the dissector cuts it into pieces, policy decides each head
+    accept  the boundary moves on (Commit), then the bytes go (Forward the frame itself, or Send a new one)
+    deny    nothing further passes; isolator.core.closing answers
+
+Whatever is not proven is held or refused: an incomplete head waits, bounded; what contradicts earlier bytes ends
+the connection.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from isolator.core import closing
+from isolator.core.commands import Command, Commit, Drop, Forward, Read, Report
+from isolator.core.flow import Flow, FlowState, FlowTable, State
+from isolator.core.judge import Judge, Judged
+from isolator.core.model import Decision, DropReason, PuntReason, RuleRef
+from isolator.core.policy import Profile
+from isolator.core.segments import remember, to_client, to_server
+from parsers.errors import HeldFull, OutOfWindow, Overlap
+from parsers.http1 import Request
+from parsers.packet import ACK, FIN, PSH, RST, Segment
+from parsers.reassembly import seq_lt, seq_sub
+
+RECORD_UNACKED_MAX = 262_144  # bytes forwarded and not yet acknowledged, per flow: beyond it the client waits
+WINDOWS_UNACKED_MAX = 1024  # pass windows not yet acknowledged, per flow: likewise
+ACK_AFTER = 0.02  # s; an incomplete head is acknowledged then, or Nagle's algorithm holds its rest back
+HEAD_WITHIN = 60.0  # s; a head that takes longer ends the connection
+RESEND_AFTER = 0.3  # s, doubled each time: bytes acknowledged in the server's name are ours to deliver
+RESENDS_MAX = 8
+REPORTS_PER_SECOND = 100.0  # records of allowed requests; all are counted, the others always recorded
+REPORTS_BURST = 200.0
+
+_MASK = 0xFFFFFFFF
+
+Ordered = tuple[bytes, bool]  # new bytes at the boundary, and whether they already stand in the stream
+
+
+class Inspector:
+    """Decides what becomes of punted frames of inspected flows."""
+
+    def __init__(self, profiles: Mapping[int, Profile], generation: int) -> None:
+        self.flows = FlowTable()
+        self.counts: Counter[RuleRef] = Counter()
+        self._waking: set[Flow] = set()
+        self._reports, self._reported = REPORTS_BURST, 0.0
+        self._profiles: dict[tuple[int, int], Profile] = {}
+        self._judge = Judge()
+        self.generation = 0
+        self.change_policy(profiles, generation)
+
+    def change_policy(self, profiles: Mapping[int, Profile], generation: int) -> None:
+        """From here on these decide, live connections included. The generation before stays known: until the
+        kernel has changed over, and for frames that it punted before, it is the one that counts."""
+        before = {of: profile for of, profile in self._profiles.items() if of[0] == self.generation}
+        self._profiles = before | {(generation, number): profile for number, profile in profiles.items()}
+        self.generation = generation
+        self._judge.forget()
+
+    # -- flows ----------------------------------------------------------------------------------------------
+
+    def find(self, where: int, wire: bytes, incarnation: int) -> Flow | None:
+        """The flow of a frame, unless less is known of it than the frame implies (`incarnation`: 8 bits)."""
+        flow = self.flows.find(where, wire)
+        if flow is None or flow.incarnation & 0xFF != incarnation:
+            return None
+        return flow if flow.generation == self.generation or flow.state is not State.OPEN else None
+
+    def adopt(self, key: bytes, where: int, wire: bytes, pinned: FlowState) -> Flow | None:
+        """Takes up a flow as it is pinned in the kernel, or brings one that is known up to date."""
+        profile = self._profiles.get((pinned.generation, pinned.profile))
+        if not pinned.live or profile is None:
+            return None
+        flow = self.flows.find(where, wire)
+        if flow is not None and flow.incarnation == pinned.incarnation:
+            flow.generation, flow.profile = pinned.generation, profile
+            return flow
+        if flow is not None:
+            self.forget(flow)
+        flow = Flow(key, where >> 1, pinned, profile)
+        self.flows.add(flow, where, wire)
+        return flow
+
+    def forget(self, flow: Flow) -> None:
+        self._waking.discard(flow)
+        self.flows.remove(flow.key)
+
+    def committed(self, flow: Flow, acked: int) -> None:
+        """A Commit took effect; the server has acknowledged the client's half up to `acked`."""
+        if acked != flow.acked:
+            flow.acked = acked
+            flow.record.acknowledge(acked)
+            while flow.windows and not seq_lt(acked, flow.windows[0][1]):
+                flow.windows.popleft()
+
+    def resume(self, flow: Flow, pinned: FlowState, now: float) -> list[Command]:
+        """What a Read brought."""
+        self.committed(flow, pinned.client.acked)
+        commands = self._deliver(flow, now) if flow.state is State.OPEN else closing.resume(flow, pinned, now)
+        return self._scheduled(flow, commands)
+
+    # -- frames ---------------------------------------------------------------------------------------------
+
+    def receive(
+        self, flow: Flow, segment: Segment, packet: memoryview, context: int, now: float
+    ) -> list[Command]:
+        """One punted frame of `flow`. `now`: the frame's timestamp in seconds."""
+        from_client = (context & 1 ^ 1) == flow.initiator  # side NETWORK is ingress, CONTAINER is egress
+        if flow.state is not State.OPEN:
+            return self._scheduled(flow, closing.receive(flow, segment, packet, from_client, now))
+        if not from_client:
+            return [Forward()]
+        if context >> 16 & 0xFF == PuntReason.MISMATCH:
+            remember(flow, segment, packet)
+            return self._scheduled(flow, closing.abort(flow, DropReason.RECORD_MISMATCH, now))
+        ordered = self._order(flow, segment, packet, now)
+        if isinstance(ordered, list):
+            return self._scheduled(flow, ordered)
+        return self._scheduled(flow, self._decide(flow, segment, packet, ordered, now))
+
+    def tick(self, now: float) -> list[Command]:
+        """What time alone brings about; to be called some fifty times a second."""
+        commands: list[Command] = []
+        for flow in [flow for flow in self._waking if flow.wake_at is None or flow.wake_at <= now]:
+            self._waking.discard(flow)
+            flow.wake_at = None
+            due = self._waited(flow, now) if flow.state is State.OPEN else closing.tick(flow, now)
+            commands += self._scheduled(flow, due)
+        return commands
+
+    @property
+    def waiting(self) -> bool:
+        """Whether any flow waits for time to pass: then `tick` has to be called."""
+        return bool(self._waking)
+
+    def take_counts(self) -> Counter[RuleRef]:
+        """Requests allowed by each rule since the last call."""
+        counts, self.counts = self.counts, Counter()
+        return counts
+
+    def _scheduled(self, flow: Flow, commands: list[Command]) -> list[Command]:
+        if flow.wake_at is not None:
+            self._waking.add(flow)
+        return commands
+
+    # -- order ----------------------------------------------------------------------------------------------
+
+    def _order(self, flow: Flow, segment: Segment, packet: memoryview, now: float) -> Ordered | list[Command]:
+        data = bytes(packet[segment.payload_at : segment.payload_end])
+        stream = flow.stream
+        lead = seq_sub(stream.next, segment.seq)
+        if lead == 0 and data and not stream.held and not segment.flags & (FIN | RST):
+            return [Drop(DropReason.HELD_FULL)] if self._is_full(flow) else (data, False)
+        remember(flow, segment, packet)
+        if lead > 0:
+            known = self._is_known(flow, segment.seq, data[:lead])
+            if known is not DropReason.NONE:
+                return closing.abort(flow, known, now)
+        if segment.flags & RST or 0 <= len(data) <= lead:
+            return self._nothing_new(flow, segment, len(data))
+        if self._is_full(flow):
+            return [Drop(DropReason.HELD_FULL)]
+        return self._insert(flow, segment, data, lead, now)
+
+    def _insert(
+        self, flow: Flow, segment: Segment, data: bytes, lead: int, now: float
+    ) -> Ordered | list[Command]:
+        """Puts new bytes in sequence, behind those that wait."""
+        stream = flow.stream
+        if segment.flags & FIN:
+            flow.fin_at = (segment.seq + len(data)) & _MASK
+        elif lead >= 0 and not stream.held:
+            return data[lead:], False
+        try:
+            stream.insert(segment.seq, data)
+        except Overlap:
+            return closing.abort(flow, DropReason.RECORD_MISMATCH, now)
+        except OutOfWindow:
+            return [Drop(DropReason.OUT_OF_WINDOW)]
+        except HeldFull:
+            return [Drop(DropReason.HELD_FULL)]
+        ready = bytes(stream.data)
+        return (ready, True) if ready else []
+
+    def _nothing_new(self, flow: Flow, segment: Segment, length: int) -> list[Command]:
+        """A retransmission, an acknowledgement, a FIN or a RST without new bytes."""
+        if not segment.flags & FIN or segment.flags & RST:
+            return [Forward()]
+        flow.fin_at = (segment.seq + length) & _MASK
+        if seq_lt(flow.next, flow.fin_at):  # bytes before it are held or missing: it goes with them
+            return []
+        if flow.fin_at != flow.next:
+            return [Forward()]
+        return [to_server(flow, flow.next, b"", FIN | ACK)]
+
+    def _is_known(self, flow: Flow, seq: int, old: bytes) -> DropReason:
+        """Whether bytes below the boundary are those that were forwarded, or may be anything (R5)."""
+        at, end = seq, (seq + len(old)) & _MASK
+        if seq_lt(at, flow.acked):
+            at = flow.acked
+        while seq_lt(at, end):
+            until = end
+            for start, stop in flow.windows:
+                if not seq_lt(at, start) and seq_lt(at, stop):
+                    at = stop
+                    break
+                if seq_lt(at, start) and seq_lt(start, until):
+                    until = start
+            else:
+                offset = seq_sub(at, seq)
+                equal = flow.record.matches(at, old[offset : offset + seq_sub(until, at)])
+                if not equal:
+                    return DropReason.STATE_LOST if equal is None else DropReason.RECORD_MISMATCH
+                at = until
+        return DropReason.NONE
+
+    def _is_full(self, flow: Flow) -> bool:
+        return len(flow.record) > RECORD_UNACKED_MAX or len(flow.windows) > WINDOWS_UNACKED_MAX
+
+    # -- judge, accept, deny --------------------------------------------------------------------------------
+
+    def _decide(
+        self, flow: Flow, segment: Segment, packet: memoryview, ordered: Ordered, now: float
+    ) -> list[Command]:
+        data, in_stream = ordered
+        judged = self._judge(flow, data)
+        commands: list[Command] = []
+        if judged.end:
+            self._accept(flow, segment, packet, ordered, judged, commands, now)
+        for decision, request in judged.decided:
+            self._report(flow, decision, request, now, commands)
+        left = len(data) - judged.end
+        if left <= 0:
+            flow.held_since = None
+            return commands
+        if flow.template is None or not in_stream:
+            remember(flow, segment, packet)
+        if judged.denied is not None:
+            return commands + closing.deny(flow, left, judged.denied, judged.request, now)
+        if not in_stream:
+            flow.stream.insert(flow.next, data[judged.end :])
+        if flow.fin_at is not None and flow.fin_at == (flow.next + left) & _MASK:  # it will never be complete
+            return commands + closing.abort(flow, DropReason.HTTP_MALFORMED, now)
+        if flow.held_since is None or judged.end:
+            flow.held_since = now
+        flow.wake_at = now + ACK_AFTER
+        return commands
+
+    def _accept(
+        self,
+        flow: Flow,
+        segment: Segment,
+        packet: memoryview,
+        ordered: Ordered,
+        judged: Judged,
+        commands: list[Command],
+        now: float,
+    ) -> None:
+        """Moves the boundary, then sends: the frame itself where all of it passes, else what passes of it."""
+        data, in_stream = ordered
+        expect = flow.next
+        following = (expect + judged.end) & _MASK
+        record = data[: judged.recorded]
+        flow.record.append(expect, record)
+        if judged.window is not None:
+            flow.windows.append(judged.window)
+        mark = self._marks(flow, segment, judged)
+        commands.append(Commit(flow, expect, following, record, judged.window, mark))
+        flow.stream.consume(judged.end)
+        if judged.end >= len(data) and not in_stream:
+            commands.append(Forward())
+            return
+        remember(flow, segment, packet)
+        passed = data[: judged.end]
+        ends = flow.fin_at == (expect + len(passed)) & _MASK
+        commands.append(to_server(flow, expect, passed, PSH | ACK | (FIN if ends else 0)))
+        if flow.promised is not None:
+            flow.resends, flow.wake_at = 0, now + RESEND_AFTER
+
+    def _marks(self, flow: Flow, segment: Segment, judged: Judged) -> bool:
+        """Whether the answers to these requests begin where the server stands now: not if the client sent them
+        before it had seen anything of the answer to the last ones."""
+        if not judged.methods:
+            return False
+        flow.requests += len(judged.methods)
+        if flow.unanswered and flow.mark_ack == segment.ack:
+            flow.unanswered += judged.methods
+            return False
+        flow.unanswered = list(judged.methods)
+        flow.mark_ack = segment.ack
+        return True
+
+    def _report(
+        self, flow: Flow, decision: Decision, request: Request | None, now: float, commands: list[Command]
+    ) -> None:
+        if decision.rule is not None:
+            self.counts[decision.rule] += 1
+        if not (decision.audit or decision.trial):
+            self._reports += max(0.0, now - self._reported) * REPORTS_PER_SECOND
+            self._reported = now
+            if self._reports < 1.0:
+                return
+            self._reports = min(self._reports, REPORTS_BURST) - 1.0
+        commands.append(Report(flow, decision, request))
+
+    # -- held bytes -----------------------------------------------------------------------------------------
+
+    def _waited(self, flow: Flow, now: float) -> list[Command]:
+        """An incomplete head waits for its rest: acknowledged in the server's name, or the rest may never come."""
+        if flow.held_since is None:
+            return [] if flow.promised is None else [Read(flow)]
+        if now - flow.held_since > HEAD_WITHIN:
+            return closing.abort(flow, DropReason.HTTP_TOO_LONG, now)
+        end = (flow.next + len(flow.stream.data)) & _MASK
+        flow.wake_at = now + HEAD_WITHIN / 4
+        if flow.promised == end:
+            return []
+        flow.promised = end
+        return [to_client(flow, flow.client_at, end, b"", ACK)]
+
+    def _deliver(self, flow: Flow, now: float) -> list[Command]:
+        """What was promised to the client must reach the server: sent again until the server says so."""
+        if flow.promised is None or not seq_lt(flow.acked, flow.promised):
+            flow.promised = None
+            return []
+        flow.resends += 1
+        if flow.resends > RESENDS_MAX:
+            return closing.abort(flow, DropReason.STATE_LOST, now)
+        flow.wake_at = now + RESEND_AFTER * 2**flow.resends
+        return [to_server(flow, flow.acked, flow.record.since(flow.acked), PSH | ACK)]

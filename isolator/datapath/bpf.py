@@ -1,0 +1,337 @@
+"""The kernel's half as one object: programs loaded, maps pinned, and each map under the name of its use.
+
+Stages: `Datapath.open` loads both objects onto the pinned maps, the `attach_…` methods put the programs on
+devices, `set_…` and `write_policy` fill the maps, and the readers at the end say what happened.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterable, Iterator
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Protocol, Self
+
+from isolator.core.model import DropReason
+from isolator.datapath import attach
+from isolator.datapath.abi import (
+    ENDPOINT,
+    POLICY_KEY,
+    REASONS_MAX,
+    DropCounter,
+    Flow4,
+    Flow7,
+    FlowKey,
+    PolicyValue,
+    Port,
+    address_key,
+    identity_key,
+    policy_key,
+    policy_value,
+    prefix_of,
+)
+from isolator.datapath.attach import XdpMode
+from isolator.datapath.doorbell import Control
+from isolator.datapath.events import EventReader
+from isolator.datapath.flow7 import FlowCommands
+from isolator.datapath.libbpf import BpfError, Object
+from isolator.datapath.maps import Map
+from isolator.datapath.pins import PinFolder, copy_entries, is_private, remove_folder
+from isolator.datapath.preflight import require_bpffs
+
+OBJECTS = Path(__file__).parent / "objects"
+TC_OBJECT, XDP_OBJECT = "isolator_tc.bpf.o", "isolator_xdp.bpf.o"
+FLOWS7_QUOTA = 8192  # inspected flows of one endpoint, unless told otherwise
+# A program that takes fragments must not run as generic XDP: tc then sees frames without Ethernet header
+# (kernel 6.18; tests/bpf/test_xdp.py shows it).
+_XDP_PROGRAM = {XdpMode.NATIVE: "isolator_xdp", XdpMode.GENERIC: "isolator_xdp_generic"}
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283}  # __NR_membarrier
+_MEMBARRIER_GLOBAL = 1
+
+Prefix = tuple[bytes, int]  # 16 bytes, bits of them
+
+
+class PolicyEntry(Protocol):
+    """What isolator.core.compile makes of policies; peer, protocol and port 0 mean any."""
+
+    @property
+    def endpoint(self) -> int: ...
+    @property
+    def direction(self) -> int: ...
+    @property
+    def peer(self) -> int: ...
+    @property
+    def protocol(self) -> int: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def verdict(self) -> int: ...
+    @property
+    def flags(self) -> int: ...
+    @property
+    def reason(self) -> int: ...
+    @property
+    def profile(self) -> int: ...
+    @property
+    def rule(self) -> int: ...
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+class Datapath:
+    """Programs and maps of one agent. For one thread; attach from a thread in the devices' namespace."""
+
+    def __init__(self, tc: Object, xdp: Object, folder: PinFolder, maps: dict[str, Map]) -> None:
+        self._objects = (tc, xdp)
+        self._folder = folder
+        self.maps = maps
+        self.commands = FlowCommands(tc.program_fd("isolator_flow7"))
+        self.control = Control(self.control_fd)
+        self._addresses: dict[int, set[bytes]] = {}
+        for key in maps["addresses"].keys():  # noqa: SIM118 - no dict
+            self._addresses.setdefault(int.from_bytes(key[:4], "little"), set()).add(key[4:])
+
+    @classmethod
+    def open(cls, pins: Path, objects: Path = OBJECTS) -> Self:
+        """Load, and adopt what is pinned below `pins`; maps that are not there are made and pinned.
+
+        Programs that are attached already run on until `attach_…` replaces them. Raises a DatapathError.
+        """
+        require_bpffs(pins)
+        tc = Object.open(objects / TC_OBJECT)
+        xdp = None
+        try:
+            xdp = Object.open(objects / XDP_OBJECT)
+            folder = PinFolder(pins, tc.definitions())
+            maps = _load(tc, xdp, folder)
+            if folder.fresh and (old := folder.predecessor()):
+                copy_entries(old, maps)
+            folder.finish()
+            return cls(tc, xdp, folder, maps)
+        except BaseException:
+            for item in (tc, xdp):
+                if item:
+                    item.close()
+            raise
+
+    def close(self) -> None:
+        """Let go. Pinned maps and attached programs stay and work on."""
+        self.control.close()
+        for item in self._objects:
+            item.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def remove_other_layouts(self) -> None:
+        """Unpin maps of other versions. Call it when every port has the new programs."""
+        for path in self._folder.others():
+            remove_folder(path)
+
+    # -- programs on devices -----------------------------------------------------------------------------
+
+    def attach_port(self, ifindex: int, xdp: XdpMode = XdpMode.OFF) -> None:
+        """Classify what arrives at a port. Replaces another version's program in one step."""
+        attach.attach_tc(ifindex, self._objects[0].program_fd("isolator_tc"))
+        if xdp is XdpMode.OFF:
+            attach.detach_xdp(ifindex)
+        else:
+            attach.attach_xdp(ifindex, self._objects[1].program_fd(_XDP_PROGRAM[xdp]), xdp)
+
+    def attach_doorbell(self, ifindex: int) -> None:
+        """At the reading end of the punt pair."""
+        attach.attach_tc(ifindex, self._objects[0].program_fd("isolator_doorbell"))
+
+    def detach(self, ifindex: int) -> None:
+        """From a port or the punt pair; a device that is gone is no error."""
+        attach.detach_tc(ifindex)
+        attach.detach_xdp(ifindex)
+
+    # -- ports, endpoints, addresses ---------------------------------------------------------------------
+
+    def set_port(self, ifindex: int, port: Port) -> None:
+        self.maps["ports"].update(_number(ifindex), port.pack())
+
+    def delete_port(self, ifindex: int) -> None:
+        self.maps["ports"].delete(_number(ifindex))
+
+    def ports(self) -> dict[int, Port]:
+        return {
+            int.from_bytes(key, "little"): Port.unpack(value) for key, value in self.maps["ports"].items()
+        }
+
+    def set_endpoint(self, endpoint: int, flows7_max: int = FLOWS7_QUOTA) -> None:
+        """Set an endpoint's quota. An adopted one of that size stays; else what it uses is counted anew."""
+        if (value := self.maps["endpoints"].lookup(_number(endpoint))) and value[4:] == _number(flows7_max):
+            return
+        used = sum(1 for key in self.maps["flows7"].keys() if key[:4] == _number(endpoint))  # noqa: SIM118
+        self.maps["endpoints"].update(_number(endpoint), ENDPOINT.struct.pack(used, flows7_max))
+
+    def flows7_used(self, endpoint: int) -> int:
+        value = self.maps["endpoints"].lookup(_number(endpoint))
+        return int(ENDPOINT.struct.unpack(value)[0]) if value else 0
+
+    def set_addresses(self, endpoint: int, addresses: Iterable[bytes]) -> None:
+        """The addresses (16 bytes each) that an endpoint may speak for. New ones first, then old ones go."""
+        old, new = self._addresses.get(endpoint, set()), set(addresses)
+        self.maps["addresses"].update_many((address_key(endpoint, a), _number(1)) for a in new - old)
+        self.maps["addresses"].delete_many(address_key(endpoint, a) for a in old - new)
+        self._addresses[endpoint] = new
+
+    def forget_endpoint(self, endpoint: int) -> None:
+        """Its addresses, its quota, its inspected flows. Its ports are the splice's to delete."""
+        self.set_addresses(endpoint, ())
+        del self._addresses[endpoint]
+        mine = [key for key in self.maps["flows7"].keys() if key[:4] == _number(endpoint)]  # noqa: SIM118
+        self.maps["flows7"].delete_many(mine)
+        self.maps["endpoints"].delete(_number(endpoint))
+
+    # -- policy ------------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """Of the policy in force; 0: none was ever written, and everything is dropped."""
+        return self.control.generation
+
+    def next_generation(self) -> int:
+        return self.generation % 0xFFFFFFFF + 1
+
+    def write_policy(
+        self,
+        generation: int,
+        entries: Iterable[PolicyEntry],
+        identities: Iterable[tuple[Prefix | IPv4Network | IPv6Network, int]],
+    ) -> dict[int, int]:
+        """Put a policy in force, in one step, and take the older ones away.
+
+        Returns how many flows each rule of those decided. Raises BpfError when a map is full: the policy that
+        was in force still is.
+        """
+        try:
+            self.maps["identities"].update_many(
+                (identity_key(generation, *_prefix(network)), _number(identity))
+                for network, identity in identities
+            )
+            self.maps["policy"].update_many(_encode(generation, entry) for entry in entries)
+        except BpfError:
+            self._delete_generations({generation}, inside=True)
+            raise
+        self.control.generation = generation
+        wait_for_readers()
+        return self._delete_generations({generation}, inside=False)
+
+    def _delete_generations(self, generations: set[int], inside: bool) -> dict[int, int]:
+        hits: dict[int, int] = {}
+        gone = []
+        for key, value in self.maps["policy"].items():
+            if (int.from_bytes(key[:4], "little") in generations) is inside:
+                gone.append(key)
+                found = PolicyValue.unpack(value)
+                hits[found.rule] = hits.get(found.rule, 0) + found.hits
+        self.maps["policy"].delete_many(gone)
+        prefixes = self.maps["identities"]
+        prefixes.delete_many(
+            [
+                key
+                for key, _ in prefixes.items()
+                if (int.from_bytes(key[4:8], "little") in generations) is inside
+            ]
+        )
+        return hits
+
+    def rule_hits(self) -> dict[int, int]:
+        """Flows that each rule of the policy in force has decided so far."""
+        hits: dict[int, int] = {}
+        for key, value in self.maps["policy"].items():
+            if POLICY_KEY.struct.unpack(key)[0] == self.generation:
+                found = PolicyValue.unpack(value)
+                hits[found.rule] = hits.get(found.rule, 0) + found.hits
+        return hits
+
+    # -- flows, drops, events ----------------------------------------------------------------------------
+
+    def flow7(self, key: bytes) -> Flow7 | None:
+        value = self.maps["flows7"].lookup(key)
+        return Flow7.unpack(value) if value else None
+
+    def flows7(self) -> Iterator[tuple[FlowKey, Flow7]]:
+        """Inspected flows. To delete one, use `commands`: that gives its place in the quota back."""
+        for key, value in self.maps["flows7"].items():
+            yield FlowKey.unpack(key), Flow7.unpack(value)
+
+    def flows4(self) -> Iterator[tuple[FlowKey, Flow4]]:
+        for key, value in self.maps["flows4"].items():
+            yield FlowKey.unpack(key), Flow4.unpack(value)
+
+    def drops(self) -> dict[DropReason, DropCounter]:
+        """Totals by reason, over all CPUs; reasons that never happened are left out."""
+        totals = {}
+        for number in range(1, REASONS_MAX):
+            value = memoryview(self.maps["drops"].lookup(_number(number)) or b"")
+            total = DropCounter(0, 0)
+            for at in range(0, len(value), 24):
+                total += DropCounter.unpack(value[at : at + 24])
+            if total.packets:
+                totals[DropReason(number)] = total
+        return totals
+
+    def events(self) -> EventReader:
+        """A consumer of the kernel's events; there can be one."""
+        ring = self.maps["events"]
+        return EventReader(ring.fd, ring.definition.max_entries)
+
+    @property
+    def control_fd(self) -> int:
+        return self.maps["control"].fd
+
+    @property
+    def doorbell_fd(self) -> int:
+        return self.maps["doorbell"].fd
+
+    def program_fd(self, name: str) -> int:
+        """Of isolator_tc, isolator_doorbell, isolator_flow7, isolator_xdp or isolator_xdp_generic."""
+        return next(item for item in self._objects if name in item.programs).program_fd(name)
+
+
+def unpin(pins: Path) -> None:
+    """Take all pins of an agent away, of every layout."""
+    if pins.is_dir():
+        for path in list(pins.iterdir()):
+            remove_folder(path)
+        pins.rmdir()
+
+
+def wait_for_readers() -> None:
+    """Return when no program runs any more that began before: membarrier(2) waits for an RCU grace period.
+
+    Programs read the generation once and look entries up later; those of the old one must stay until then.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_MEMBARRIER[platform.machine()], _MEMBARRIER_GLOBAL, 0, 0):
+        raise BpfError("membarrier failed", ctypes.get_errno())
+
+
+def _load(tc: Object, xdp: Object, folder: PinFolder) -> dict[str, Map]:
+    for item in (tc, xdp):
+        for definition in item.definitions():
+            if not is_private(definition.name):
+                item.pin(definition.name, folder.path / definition.name)
+        item.load()
+    return {d.name: Map(tc.map_fd(d.name), d) for d in tc.definitions() if not is_private(d.name)}
+
+
+def _prefix(network: Prefix | IPv4Network | IPv6Network) -> Prefix:
+    return network if isinstance(network, tuple) else prefix_of(network)
+
+
+def _encode(generation: int, e: PolicyEntry) -> tuple[bytes, bytes]:
+    return (
+        policy_key(generation, e.endpoint, e.direction, e.peer, e.protocol, e.port),
+        policy_value(e.verdict, e.flags, e.reason, e.profile, e.rule),
+    )

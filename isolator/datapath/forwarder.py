@@ -1,0 +1,201 @@
+"""The slow path's loop: frames out of the ring, the inspector's commands done.
+
+    ring → five-tuple → flow (adopted from its pinned state where it is new here) → inspector → commands → done
+
+A frame that cannot be read, whose checksum is wrong or whose flow nobody knows goes nowhere: the sender will send
+it again, and by then more may be known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from isolator.core.commands import Command, Commit, Delete, Drop, Forward, Own, Read, Report, Send
+from isolator.core.flow import Flow
+from isolator.core.inspector import Inspector
+from isolator.core.model import Direction, DropReason, PuntReason
+from isolator.core.segments import refusals
+from isolator.datapath.abi import RECORD_MAX, Flow7, flow_key
+from isolator.datapath.doorbell import Control, Doorbell
+from isolator.datapath.flow7 import FlowCommands, Outcome
+from isolator.datapath.ring import Frame, Ring
+from isolator.datapath.sender import Sender
+from parsers.errors import DissectError
+from parsers.packet import Segment, parse_segment, tcp_checksum_ok
+
+SPIN = 60e-6  # s that the loop waits for a frame before it sleeps: a wake-up costs about as much
+TURN = 2e-3  # s after which other work of the process has its turn
+BATCH = 64  # frames taken from the ring at once
+_TCP = 6
+_CHECKSUM_KNOWN = 3  # VIRTIO_NET_HDR_F_NEEDS_CSUM | F_DATA_VALID: the kernel made or checked it
+
+Reporter = Callable[[Report, float], None]
+
+
+class Pinned(Protocol):
+    """What the forwarder needs of the kernel's maps (isolator.datapath.bpf.Datapath)."""
+
+    commands: FlowCommands
+    control: Control
+
+    def flow7(self, key: bytes) -> Flow7 | None: ...
+
+
+class Forwarder:
+    """Owns the ring's reading end. `ports`: endpoint → ifindex by direction of what is sent there."""
+
+    def __init__(
+        self,
+        pinned: Pinned,
+        ring: Ring,
+        doorbell: Doorbell,
+        sender: Sender,
+        inspector: Inspector,
+        ports: Mapping[int, tuple[int, int]],
+        report: Reporter,
+    ) -> None:
+        self._pinned = pinned
+        self._ring = ring
+        self._doorbell = doorbell
+        self._sender = sender
+        self._inspector = inspector
+        self._ports = ports
+        self._report = report
+        self.drops: Counter[DropReason] = Counter()
+
+    # -- the loop -------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Handles what is there, then sleeps. True: its turn is over and more is waiting; call it again."""
+        control, poll, handle = self._pinned.control, self._ring.poll, self._handle
+        self._doorbell.clear()
+        control.need_wakeup = False
+        began = quiet_since = time.perf_counter()
+        while True:
+            frames = poll(BATCH)
+            for frame in frames:
+                handle(frame)
+            now = time.perf_counter()
+            if frames:
+                quiet_since = now
+                if now - began > TURN:
+                    return True
+            elif now - quiet_since > SPIN:
+                break
+        control.need_wakeup = True
+        return bool(frames := poll(BATCH)) and self._awake(frames)
+
+    def _awake(self, frames: list[Frame]) -> bool:
+        """A frame came while the bell was being set: it would not have rung."""
+        for frame in frames:
+            self._handle(frame)
+        return True
+
+    def tick(self, now: float) -> None:
+        """`now`: seconds, of the clock that stamps frames (CLOCK_REALTIME)."""
+        self._do(self._inspector.tick(now), None, now)
+
+    # -- one frame ------------------------------------------------------------------------------------------
+
+    def _handle(self, frame: Frame) -> None:
+        packet, context = frame.packet, frame.context
+        try:
+            segment = parse_segment(packet)
+        except DissectError:
+            self.drops[DropReason.MALFORMED] += 1
+            return
+        if not frame.vnet_packet[0] & _CHECKSUM_KNOWN and not tcp_checksum_ok(packet, segment):
+            self.drops[DropReason.BAD_CHECKSUM] += 1
+            return
+        reason = context >> 16 & 0xFF
+        if reason in (PuntReason.RESET, PuntReason.STATE_LOST):
+            self._refuse(segment, packet, context, both=reason == PuntReason.STATE_LOST)
+            return
+        inspector = self._inspector
+        flow = inspector.find(context & 0xFFFF, segment.key, context >> 24) or self._adopt(segment, packet, context)
+        if flow is None:
+            self.drops[DropReason.TCP_STATE] += 1
+            return
+        now = frame.time * 1e-9
+        self._do(inspector.receive(flow, segment, packet, context, now), frame, now)
+
+    def _adopt(self, segment: Segment, packet: memoryview, context: int) -> Flow | None:
+        endpoint, network_side = (context & 0xFFFF) >> 1, context & 1
+        ends = (
+            (segment.source(packet), segment.source_port(packet)),
+            (segment.destination(packet), segment.destination_port(packet)),
+        )
+        (local, local_port), (remote, remote_port) = reversed(ends) if network_side else ends
+        key = flow_key(endpoint, local, remote, local_port, remote_port, _TCP)
+        pinned = self._pinned.flow7(key)
+        if pinned is None or pinned.incarnation & 0xFF != context >> 24:
+            return None
+        return self._inspector.adopt(key, context & 0xFFFF, segment.key, pinned)
+
+    def _refuse(self, segment: Segment, packet: memoryview, context: int, both: bool) -> None:
+        """Resets the sender of a frame, and where a connection was cut off, its other end."""
+        direction = Direction.INGRESS if context & 1 else Direction.EGRESS
+        back, on = refusals(segment, packet)
+        ports = self._ports.get((context & 0xFFFF) >> 1)
+        if ports is None:
+            return
+        self._sender.send(ports[direction.other], back)
+        if both:
+            self._sender.send(ports[direction], on)
+
+    # -- commands -------------------------------------------------------------------------------------------
+
+    def _do(self, commands: list[Command], frame: Frame | None, now: float) -> None:
+        """In order; a Commit that fails voids the rest, and what was believed of the flow."""
+        for command in commands:
+            if isinstance(command, Commit):
+                if not self._commit(command):
+                    return
+            elif isinstance(command, Forward):
+                assert frame is not None
+                self._forward(frame)
+            elif isinstance(command, Send):
+                ports = self._ports.get(command.endpoint)
+                if ports is not None:
+                    self._sender.send(ports[command.direction], command.frame)
+            elif isinstance(command, Report):
+                self._report(command, now)
+            else:
+                self._rare(command, frame, now)
+
+    def _forward(self, frame: Frame) -> None:
+        """Sends the very bytes that were inspected, out of the ring."""
+        ports = self._ports.get((frame.context & 0xFFFF) >> 1)
+        if ports is not None:
+            self._sender.send(ports[0 if frame.context & 1 else 1], frame.vnet_packet)
+
+    def _commit(self, c: Commit) -> bool:
+        flow = c.flow
+        answer = self._pinned.commands.commit(
+            flow.key, flow.initiator, flow.incarnation, c.expect, c.next,
+            mode=flow.dissector.mode, remaining=flow.dissector.remaining, window=c.window, mark=c.mark,
+            record=(c.expect, c.record) if c.record is not None and len(c.record) <= RECORD_MAX else None,
+        )  # fmt: skip
+        if answer.outcome is Outcome.OK:
+            self._inspector.committed(flow, answer.acked)
+            return True
+        self._inspector.forget(flow)
+        self.drops[DropReason.TCP_STATE] += 1
+        return False
+
+    def _rare(self, command: Own | Read | Delete | Drop, frame: Frame | None, now: float) -> None:
+        if isinstance(command, Drop):
+            self.drops[command.reason] += 1
+        elif isinstance(command, Own):
+            flow = command.flow
+            self._pinned.commands.own(flow.key, command.half, flow.incarnation, command.owner)
+        elif isinstance(command, Read):
+            pinned = self._pinned.flow7(command.flow.key)
+            if pinned is not None:
+                self._do(self._inspector.resume(command.flow, pinned, now), frame, now)
+        else:
+            self._pinned.commands.delete(command.flow.key, command.flow.incarnation)
+            self._inspector.forget(command.flow)

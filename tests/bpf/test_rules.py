@@ -1,0 +1,498 @@
+"""The ten rules' part in the kernel as transcripts: what is sent, what becomes of it, what is remembered.
+
+R0 R3 R4 R5 R6 R8 R9 R10 and R1 on inspected flows; the rules themselves stand in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from scapy.layers.inet import IP, TCP
+
+from isolator.core.model import Direction, DropReason, FlowFlag, Owner
+from isolator.datapath.abi import HALF_FIN, HALF_RST, RECORD_MAX, WINDOW_BYTES_MAX
+from isolator.datapath.flow7 import Outcome
+from tests.bpf.bench import ALLOW, DROP, INSPECT, POLICY, Bench, Entry, gso, key_of
+from tests.bpf.conversation import HEAD, SERVER_ISN, Conversation
+from tests.bpf.frames import checksums_are_right, inbound, tcp
+
+pytestmark = pytest.mark.root
+INGRESS, EGRESS = Direction.INGRESS, Direction.EGRESS
+END = len(HEAD)
+S = SERVER_ISN + 1  # the server's first byte
+KINDS = [
+    pytest.param({}, id="ipv4"),
+    pytest.param({"v6": True}, id="ipv6"),
+    pytest.param({"direction": EGRESS, "server_port": 91}, id="egress"),
+    pytest.param({"isn": 0xFFFFFFF0}, id="wrap"),
+]
+
+
+@pytest.fixture
+def c(b: Bench, request: pytest.FixtureRequest) -> Conversation:
+    return Conversation(b, **getattr(request, "param", {})).handshake()
+
+
+on_every_kind = pytest.mark.parametrize("c", KINDS, indirect=True)
+
+
+def receiver(c: Conversation) -> str:
+    return "container" if c.direction is INGRESS else "network"
+
+
+# -- the boundary (R0, R6) -------------------------------------------------------------------------------
+
+
+@on_every_kind
+def test_handshake(c: Conversation) -> None:
+    flow = c.flow
+    assert (flow.live, flow.pending, flow.incarnation, flow.initiator) == (True, False, 1, c.direction)
+    assert (flow.client.next, flow.client.acked, flow.client.owner) == (c.start, c.start, Owner.PYTHON)
+    assert (flow.server.next, flow.server.record_seq, flow.server.owner) == (S, S, Owner.KERNEL)
+    assert flow.profile == 5
+
+
+@on_every_kind
+def test_new_payload_is_held(c: Conversation) -> None:
+    outcome = c.client("PA", c.start, S, HEAD)
+    assert (str(outcome), outcome.incarnation) == ("punt PAYLOAD", 1)
+    assert bytes(outcome.packet[TCP].payload) == HEAD
+    assert (c.half.next, c.half.word.punts) == (c.start, 1)
+
+
+def test_payload_beyond_the_boundary_is_held(c: Conversation) -> None:
+    c.allow_head()
+    assert str(c.client("PA", c.at(END + 100), S, b"later")) == "punt PAYLOAD"
+    assert str(c.client("PA", c.start, S, HEAD + b"GET /secret")) == "punt PAYLOAD"
+
+
+def test_a_super_packet_is_held_whole(b: Bench) -> None:
+    c = Conversation(b).handshake()
+    payload = bytes(inbound(tcp(1000, 80, "A", c.start, S) / (b"x" * 9000)))
+    outcome = b.from_network(payload, gso(54, 1448))
+    assert (str(outcome), len(outcome.frame)) == ("punt PAYLOAD", len(payload))
+
+
+def test_lengths_that_disagree(c: Conversation) -> None:
+    """R1: an IP length of 0 on a GSO frame once hid a payload."""
+    for length in (0, 40, 2000):
+        assert str(c.client("PA", c.start, S, HEAD, gso(54, 20), len=length)) == "drop LENGTH_MISMATCH"
+    assert c.half.word.punts == 0
+
+
+def test_urgent_data(c: Conversation) -> None:
+    assert str(c.client("PAU", c.start, S, HEAD)) == "drop URGENT"
+
+
+def test_payload_before_the_handshake(b: Bench) -> None:
+    c = Conversation(b)
+    assert str(c.client("S", c.isn)) == "container"
+    assert str(c.client("PA", c.start, 0, HEAD)) == "drop TCP_STATE"
+    assert str(c.server("PA", S, c.start, b"hello")) == "drop TCP_STATE"
+
+
+# -- commands (R0) ---------------------------------------------------------------------------------------
+
+
+@on_every_kind
+def test_commit(c: Conversation) -> None:
+    answer = c.commit(END, record=(c.start, HEAD), mode=1, remaining=77)
+    assert answer.outcome is Outcome.OK and (answer.acked, answer.other_next) == (c.start, S)
+    half = c.half
+    assert (half.next, half.record_seq, half.record) == (c.at(END), c.start, HEAD)
+    assert (half.mode, half.remaining, half.acked) == (1, 77, c.start)
+
+
+def test_commands_that_come_too_late(c: Conversation) -> None:
+    before = c.flow
+    assert c.commit(END, incarnation=0).outcome is Outcome.STALE
+    assert c.commit(END, expect=c.start + 1).outcome is Outcome.STALE
+    assert replace(c.flow, last_seen=0) == replace(before, last_seen=0)
+    c.own(Owner.CLOSED)
+    assert c.commit(END).outcome is Outcome.STALE
+    assert c.b.datapath.commands.delete(c.key, 1)
+    assert c.b.datapath.flow7(c.key) is None
+    assert c.b.datapath.commands.own(c.key, INGRESS, 1, Owner.PYTHON).outcome is Outcome.GONE
+
+
+def test_an_owner_keeps_the_boundary_and_the_punts(c: Conversation) -> None:
+    c.client("PA", c.start, S, HEAD)
+    assert c.own(Owner.CLOSED)
+    assert (c.half.next, c.half.owner, c.half.word.punts) == (c.start, Owner.CLOSED, 1)
+
+
+# -- acknowledgements (R3) -------------------------------------------------------------------------------
+
+ACKS = [(0, 0), (1, 1), (END, END), (END + 1, 0), (END + 2**31, 0), (-1, 0), (-(2**31), 0)]
+
+
+@on_every_kind
+@pytest.mark.parametrize(("ack", "acked"), ACKS)
+def test_acknowledged_never_beyond_next(c: Conversation, ack: int, acked: int) -> None:
+    c.allow_head()
+    assert c.server("A", S, c.at(ack)).where != "drop"
+    assert c.half.acked == c.at(acked)
+
+
+def test_acknowledged_never_goes_back(c: Conversation) -> None:
+    c.allow_head()
+    c.server("A", S, c.at(END))
+    c.server("A", S, c.at(5))
+    assert c.half.acked == c.at(END)
+
+
+def test_the_client_acknowledges_nothing_for_the_server(c: Conversation) -> None:
+    c.allow_head()
+    c.client("A", c.at(END), c.at(END))
+    assert c.half.acked == c.start
+
+
+# -- below the acknowledged number (R4) ------------------------------------------------------------------
+
+
+@on_every_kind
+@pytest.mark.parametrize("payload", [b"x", b"GET", HEAD, HEAD[:-1] + b"!"], ids=len)
+def test_acknowledged_payload_is_cut_off(c: Conversation, payload: bytes) -> None:
+    c.allow_head()
+    c.server("A", S, c.at(END))
+    outcome = c.client("PA", c.at(END - len(payload)), S, payload)
+    assert outcome.where == receiver(c)
+    assert bytes(outcome.packet[TCP].payload) == b"" and outcome.packet[TCP].seq == c.at(END - len(payload))
+    assert checksums_are_right(outcome.frame)
+
+
+def test_a_keep_alive_probe_passes(c: Conversation) -> None:
+    outcome = c.client("A", c.at(-1), S, b"\0")
+    assert str(outcome) == "container" and outcome.packet[IP].len == 40
+
+
+def test_a_cut_super_packet_keeps_a_right_checksum(c: Conversation) -> None:
+    """Its checksum field holds the pseudo header's sum, to be completed by hardware."""
+    c.b.reset()
+    head = b"GET /" + b"x" * 1395
+    c.handshake()
+    c.commit(len(head), window=(c.start, c.at(len(head))))
+    c.server("A", S, c.at(len(head)))
+    frame = inbound(tcp(1000, 80, "A", c.start, S) / head)
+    outcome = c.b.from_network(frame, gso(54, 700))
+    assert str(outcome) == "container" and len(outcome.frame) == 54
+
+
+# -- the record (R5) -------------------------------------------------------------------------------------
+
+RETRANSMISSIONS = [
+    ("whole", 0, HEAD, "forward"),
+    ("its beginning", 0, HEAD[:10], "forward"),
+    ("its middle", 7, HEAD[7:20], "forward"),
+    ("its last byte", END - 1, HEAD[-1:], "forward"),
+    ("another first byte", 0, b"P" + HEAD[1:], "punt MISMATCH"),
+    ("another last byte", 0, HEAD[:-1] + b"!", "punt MISMATCH"),
+    ("another byte in a piece", 7, b"!" + HEAD[8:20], "punt MISMATCH"),
+    ("one byte, another", END - 1, b"!", "punt MISMATCH"),
+    ("a byte too early", 0, HEAD[1:], "punt MISMATCH"),
+    ("beginning below the boundary", -3, b"abc" + HEAD, "forward"),
+    ("beyond the boundary", 0, HEAD + b"!", "punt PAYLOAD"),
+]
+
+
+@on_every_kind
+@pytest.mark.parametrize(
+    ("at", "data", "expected"), [row[1:] for row in RETRANSMISSIONS], ids=[row[0] for row in RETRANSMISSIONS]
+)
+def test_retransmission(c: Conversation, at: int, data: bytes, expected: str) -> None:
+    c.allow_head()
+    outcome = c.client("PA", c.at(at), S, data)
+    assert str(outcome) == (receiver(c) if expected == "forward" else expected)
+    if expected == "forward":
+        assert bytes(outcome.packet[TCP].payload) == data
+    assert c.half.next == c.at(END)
+
+
+def test_a_record_as_long_as_a_segment(c: Conversation) -> None:
+    head = bytes(range(256)) * 5 + bytes(RECORD_MAX - 1280)
+    c.allow_head(head)
+    assert str(c.client("PA", c.start, S, head)) == "container"
+    assert str(c.client("PA", c.start, S, head[:-1] + b"!")) == "punt MISMATCH"
+    assert str(c.client("PA", c.at(RECORD_MAX - 1), S, head[-1:])) == "container"
+
+
+def test_without_a_record_python_compares(c: Conversation) -> None:
+    c.commit(END)
+    assert str(c.client("PA", c.start, S, HEAD)) == "punt PAYLOAD"
+
+
+def test_a_record_that_lies_elsewhere(c: Conversation) -> None:
+    c.commit(END + 10, record=(c.at(10), HEAD))
+    assert str(c.client("PA", c.start, S, HEAD)) == "punt PAYLOAD"
+    assert str(c.client("PA", c.at(10), S, HEAD)) == "container"
+
+
+def test_partly_acknowledged(c: Conversation) -> None:
+    """Bytes below the acknowledged number no longer matter; those above it must be equal."""
+    c.allow_head()
+    c.server("A", S, c.at(5))
+    assert str(c.client("PA", c.start, S, b"XXXXX" + HEAD[5:])) == "container"
+    assert str(c.client("PA", c.start, S, HEAD[:5] + b"!" + HEAD[6:])) == "punt MISMATCH"
+
+
+# -- pass windows (R5, R8) -------------------------------------------------------------------------------
+
+WINDOW = [
+    ("all of it", 0, 100, "forward"),
+    ("its beginning", 0, 1, "forward"),
+    ("its end", 99, 1, "forward"),
+    ("a byte too many", 50, 51, "punt PAYLOAD"),
+    ("behind it", 100, 1, "punt PAYLOAD"),
+    ("far behind it", 2**31 - 200, 1, "punt PAYLOAD"),
+]
+
+
+@on_every_kind
+@pytest.mark.parametrize(
+    ("at", "length", "expected"), [row[1:] for row in WINDOW], ids=[row[0] for row in WINDOW]
+)
+def test_pass_window(c: Conversation, at: int, length: int, expected: str) -> None:
+    assert c.commit(END + 100, record=(c.start, HEAD), window=(c.at(END), c.at(END + 100)))
+    outcome = c.client("PA", c.at(END + at), S, b"b" * length)
+    assert str(outcome) == (receiver(c) if expected == "forward" else expected)
+
+
+def test_a_window_that_wraps(b: Bench) -> None:
+    c = Conversation(b, isn=0xFFFFFFFF - 51).handshake()
+    assert c.commit(100, window=(c.start, c.at(100)))
+    for at, length in ((0, 100), (40, 20), (52, 48)):
+        assert str(c.client("PA", c.at(at), S, b"b" * length)) == "container"
+    assert str(c.client("PA", c.at(52), S, b"b" * 49)) == "punt PAYLOAD"
+    assert c.half.next == 49
+
+
+def test_a_super_packet_inside_a_window(b: Bench) -> None:
+    c = Conversation(b).handshake()
+    assert c.commit(9000, window=(c.start, c.at(9000)))
+    frame = bytes(inbound(tcp(1000, 80, "A", c.start, S) / (b"x" * 9000)))
+    outcome = b.from_network(frame, gso(54, 1448))
+    assert (str(outcome), len(outcome.frame)) == ("container", len(frame))
+
+
+def test_a_window_ends_where_something_else_begins(c: Conversation) -> None:
+    """Half in the window, half in the record: neither covers it, so Python compares."""
+    assert c.commit(END + 10, record=(c.start, HEAD), window=(c.at(END), c.at(END + 10)))
+    assert str(c.client("PA", c.at(END - 1), S, HEAD[-1:] + b"b")) == "punt PAYLOAD"
+
+
+def test_four_windows_are_kept(c: Conversation) -> None:
+    for number in range(5):
+        assert c.commit(10 * (number + 1), window=(c.at(10 * number), c.at(10 * number + 10)))
+    assert c.half.windows == tuple((c.at(10 * n), c.at(10 * n + 10)) for n in range(1, 5))
+    assert str(c.client("PA", c.at(10), S, b"b" * 10)) == "container"
+    assert str(c.client("PA", c.start, S, b"b" * 10)) == "punt PAYLOAD"
+
+
+def test_a_window_of_more_than_a_gibibyte(c: Conversation) -> None:
+    with pytest.raises(ValueError, match="window"):
+        c.commit(END, window=(c.start, c.at(WINDOW_BYTES_MAX + 1)))
+
+
+def test_a_window_beyond_the_boundary_passes_nothing_yet(c: Conversation) -> None:
+    """It is granted together with the boundary; until then new payload is Python's."""
+    assert c.commit(0, window=(c.start, c.at(100)))
+    assert str(c.client("PA", c.start, S, b"b" * 10)) == "punt PAYLOAD"
+
+
+# -- new incarnations, resets, ends (R9) -----------------------------------------------------------------
+
+
+def test_a_syn_on_a_live_connection_changes_nothing_yet(c: Conversation) -> None:
+    c.allow_head()
+    before = c.flow
+    assert str(c.client("S", 90000)) == "container"
+    assert c.flow.pending and c.flow.live and c.flow.half == before.half
+    assert str(c.server("A", S, c.start)) == "network"  # the challenge ACK, RFC 5961 section 4
+    assert str(c.client("PA", c.start, S, HEAD)) == "container"
+    assert str(c.client("PA", 90001, S, HEAD)) == "punt PAYLOAD"
+    assert c.half.next == c.at(END)
+
+
+def test_a_syn_ack_for_another_syn(c: Conversation) -> None:
+    before = c.flow
+    c.client("S", 90000)
+    c.server("SA", 70000, 80001)
+    assert c.flow.half == before.half and c.flow.incarnation == 1
+
+
+def test_a_syn_ack_that_nobody_asked_for(c: Conversation) -> None:
+    before = c.flow
+    c.server("SA", 70000, c.start)
+    assert c.flow.half == before.half and c.flow.incarnation == 1
+
+
+def test_the_syn_ack_begins_a_new_incarnation(c: Conversation) -> None:
+    c.commit(END, record=(c.start, HEAD), window=(c.at(END), c.at(END + 10)))
+    c.server("A", S, c.at(END))
+    c.client("S", 90000)
+    assert str(c.server("SA", 70000, 90001)) == "network"
+    half = c.half
+    assert (c.flow.incarnation, c.flow.live, c.flow.pending) == (2, True, False)
+    assert (half.next, half.acked, half.record, half.windows) == (90001, 90001, b"", ())
+    assert c.commit(END, incarnation=1).outcome is Outcome.STALE
+
+
+def test_a_new_incarnation_waits_for_what_is_under_way(c: Conversation) -> None:
+    """A repeated SYN's answer must not move the boundary back over bytes that the server may have by now:
+    what Python would inspect there again, the server would not read again.
+    """
+    c.allow_head()
+    c.client("S", c.isn)
+    c.server("SA", SERVER_ISN, c.start)
+    assert c.flow.incarnation == 1 and c.half.next == c.at(END)
+
+
+def test_syn_with_payload(c: Conversation) -> None:
+    assert str(c.client("S", 90000, 0, b"GET")) == "drop SYN_PAYLOAD"
+    assert not c.flow.pending
+
+
+@pytest.mark.parametrize(("flags", "reason"), [("SF", "TCP_FLAGS"), ("SR", "TCP_FLAGS"), ("SA", "TCP_STATE")])
+def test_odd_syns(c: Conversation, flags: str, reason: str) -> None:
+    assert str(c.client(flags, 90000)) == f"drop {reason}"
+
+
+def test_the_server_sends_no_syn(c: Conversation) -> None:
+    assert str(c.server("S", 90000)) == "drop TCP_STATE"
+
+
+def test_a_reset_stops_new_payload_alone(c: Conversation) -> None:
+    c.allow_head()
+    assert str(c.client("R", c.at(END))) == "container"
+    assert c.half.flags == HALF_RST and c.half.record == HEAD
+    assert str(c.client("PA", c.at(END), S, b"GET /secret")) == "drop TCP_STATE"
+    assert str(c.client("PA", c.start, S, HEAD)) == "container"
+
+
+def test_a_reset_that_the_server_would_not_believe(c: Conversation) -> None:
+    for seq in (c.at(-1), c.at(1), c.at(2**31 - 1)):
+        c.client("R", seq)
+        assert c.half.flags == 0
+    assert str(c.client("RA", c.start, S, b"why")) == "drop TCP_FLAGS"
+
+
+def test_a_fin_stops_new_payload(c: Conversation) -> None:
+    c.allow_head()
+    assert str(c.client("FA", c.at(END), S)) == "container"
+    assert c.half.flags == HALF_FIN
+    assert str(c.client("PA", c.at(END), S, b"GET /secret")) == "drop TCP_STATE"
+    assert str(c.client("FA", c.at(END), S)) == "container"
+    c.server("A", S, c.at(END + 1))
+    assert c.half.acked == c.at(END)
+
+
+def test_a_fin_behind_what_python_holds(c: Conversation) -> None:
+    assert str(c.client("FA", c.at(END), S)) == "punt PAYLOAD"
+    assert c.half.flags == 0
+
+
+@pytest.mark.parametrize(("at", "data"), [(10, b""), (0, HEAD[:10])], ids=["alone", "with payload"])
+def test_a_fin_inside_the_record_truncates_nothing(c: Conversation, at: int, data: bytes) -> None:
+    """The server would take the message for ended there: not what was inspected."""
+    c.allow_head()
+    assert c.client("FA", c.at(at), S, data).where in ("punt", "drop")
+
+
+# -- the answers -----------------------------------------------------------------------------------------
+
+
+def test_the_answers_beginning_is_kept(c: Conversation) -> None:
+    c.allow_head()
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
+    assert str(c.server("PA", S, c.at(END), answer)) == "network"
+    assert c.flow.server.record == answer and c.flow.server.next == S + len(answer)
+    assert str(c.server("PA", S + len(answer), c.at(END), b"hello")) == "network"
+    assert c.flow.server.record == answer and c.flow.server.next == S + len(answer) + 5
+    assert c.commit(END + 1, mark=True)
+    assert (c.flow.server.record, c.flow.server.record_seq) == (b"", S + len(answer) + 5)
+
+
+def test_python_follows_the_answers(c: Conversation) -> None:
+    assert c.own(Owner.PYTHON, server=True)
+    assert str(c.server("PA", S, c.start, b"HTTP/1.1 101")) == "punt REVERSE"
+
+
+# -- a denied flow (R10) ---------------------------------------------------------------------------------
+
+
+def test_a_closed_flow(c: Conversation) -> None:
+    c.client("PA", c.start, S, HEAD)
+    assert c.own(Owner.CLOSED) and c.own(Owner.CLOSED, server=True)
+    assert str(c.client("PA", c.start, S, HEAD)) == "punt CLOSED"
+    assert str(c.client("R", c.start)) == "punt CLOSED"
+    assert str(c.server("R", S)) == "drop FLOW_CLOSED"
+    assert str(c.server("PA", S, c.start, b"HTTP/1.1 200 OK")) == "drop FLOW_CLOSED"
+    c.b.agent(up=False)
+    assert str(c.client("PA", c.start, S, HEAD)) == "drop FLOW_CLOSED"
+
+
+# -- the agent is down -----------------------------------------------------------------------------------
+
+
+def test_without_the_agent_what_is_proven_passes(c: Conversation) -> None:
+    c.commit(END + 10, record=(c.start, HEAD), window=(c.at(END), c.at(END + 10)))
+    c.b.agent(up=False)
+    assert str(c.client("PA", c.start, S, HEAD)) == "container"
+    assert str(c.client("PA", c.at(END), S, b"b" * 10)) == "container"
+    assert str(c.server("A", S, c.at(END))) == "network"
+    assert c.half.acked == c.at(END)
+    assert str(c.client("PA", c.at(END + 10), S, HEAD)) == "drop AGENT_DOWN"
+
+
+def test_without_the_agent_and_failing_open(b: Bench) -> None:
+    b.policy([replace(entry, flags=4) for entry in POLICY])
+    c = Conversation(b).handshake()
+    b.agent(up=False)
+    assert str(c.client("PA", c.start, S, HEAD)) == "container"
+    assert c.flow.flags & FlowFlag.PASSED_OPEN
+    b.agent(up=True)
+    assert str(c.client("PA", c.at(END), S, HEAD)) == "container"  # its boundary is lost
+
+
+# -- policy, quota ---------------------------------------------------------------------------------------
+
+
+def with_port_80(entry: Entry) -> list[Entry]:
+    return [entry if (old.port, old.direction) == (80, INGRESS) else old for old in POLICY]
+
+
+def test_a_live_flow_is_denied_by_a_newer_policy(c: Conversation) -> None:
+    c.allow_head()
+    c.b.policy(with_port_80(Entry(INGRESS, DROP, 6, 80, 2, reason=DropReason.POLICY_DENY)))
+    assert str(c.client("PA", c.start, S, HEAD)) == "drop POLICY_DENY"
+    assert str(c.server("A", S, c.at(END))) == "drop POLICY_DENY"
+    c.b.policy(POLICY)
+    assert str(c.client("PA", c.start, S, HEAD)) == "container"
+
+
+def test_a_live_flow_is_released_and_cannot_be_taken_back(c: Conversation) -> None:
+    c.b.policy(with_port_80(Entry(INGRESS, ALLOW, 6, 80, 2)))
+    assert str(c.client("PA", c.start, S, b"SSH-2.0")) == "container"
+    c.b.policy(with_port_80(Entry(INGRESS, INSPECT, 6, 80, 2, profile=6)))
+    assert str(c.client("PA", c.at(7), S, HEAD)) == "punt STATE_LOST"
+
+
+def test_another_profile(c: Conversation) -> None:
+    c.b.policy(with_port_80(Entry(INGRESS, INSPECT, 6, 80, 2, profile=6, rule=66)))
+    c.client("PA", c.start, S, HEAD)
+    assert (c.flow.profile, c.flow.rule, c.half.word.punts) == (6, 66, 1)
+
+
+def test_the_quota(b: Bench) -> None:
+    b.reset(flows7_max=2)
+    seen = [str(Conversation(b, client_port=port).client("S", 1000)) for port in (1, 2, 3)]
+    assert seen == ["container", "container", "drop FLOWS_FULL"]
+    assert b.datapath.flows7_used(7) == 2
+    assert b.datapath.commands.delete(key_of(80, 1), 0)
+    assert str(Conversation(b, client_port=3).client("S", 1000)) == "container"
+
+
+def test_traffic_is_counted(c: Conversation) -> None:
+    assert c.flow.packets == (2, 1)
+    assert c.flow.octets == (108, 54)
