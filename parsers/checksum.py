@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parsers.packet import Octets
+Octets = bytes | bytearray | memoryview
 
 
 def ones_sum(data: Octets, start: int = 0) -> int:

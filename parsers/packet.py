@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import struct
 
+from parsers.checksum import Octets, internet_checksum, ones_sum
 from parsers.errors import PacketMalformed
-
-Octets = bytes | bytearray | memoryview
 
 VNET = 10  # sizeof(struct virtio_net_hdr)
 FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
@@ -122,8 +121,6 @@ def _pseudo_sum(frame: Octets, version: int, length: int) -> int:
 
 
 def tcp_checksum_ok(frame: Octets, segment: Segment) -> bool:
-    from parsers.checksum import ones_sum
-
     start = _pseudo_sum(frame, segment.version, segment.payload_end - segment.l4)
     return ones_sum(bytes(frame[segment.l4 : segment.payload_end]), start) == 0xFFFF
 
@@ -185,8 +182,6 @@ class SegmentTemplate:
         return b"".join((vnet, self._ethernet, network, tcp, options, payload))
 
     def _network(self, length: int) -> bytes:
-        from parsers.checksum import internet_checksum
-
         if self._version == 6:
             return struct.pack("!IHBB", 6 << 28, length, _TCP, 64) + self._source + self._destination
         addresses = self._source + self._destination
