@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,30 +28,30 @@ from isolator.control.agent_view import (
     AgentStatus,
     EndpointState,
     EndpointStatus,
-    Explanation,
     Metric,
     PolicyStatus,
-    Question,
     RestoreResult,
     UnknownNameError,
 )
 from isolator.control.api import create_app
-from isolator.control.config import Config, LoadedPolicy, load
+from isolator.control.config import Config, PolicySource, load
 from isolator.control.flowlog import FlowLog, FlowVerdict
 from isolator.control.netns_runtime import NetnsRuntime
 from isolator.control.problems import ConfigErrors
 from isolator.control.runtime import Change, ChangeKind, RuntimeEndpoint
-from isolator.control.server import ApiServer
-from isolator.core.compile import compile_policies
+from isolator.control.server import ApiServer, SocketInUseError
+from isolator.core.compile import PolicyTooLarge, compile_policies
+from isolator.core.explain import Explanation, Question, explain
 from isolator.core.inspector import Inspector
 from isolator.core.model import Direction, Endpoint
 from isolator.datapath.abi import mapped
 from isolator.datapath.attach import XdpMode
 from isolator.datapath.errors import DatapathError
+from isolator.datapath.journal import Journal
+from isolator.datapath.netns import SpliceError
 from isolator.datapath.node import Names, Node
 from isolator.datapath.preflight import preflight
-from isolator.datapath.splice import Address, EndpointGoneError, Splice, SpliceError, SpliceRequest
-from isolator.questions import answer
+from isolator.datapath.splice import Address, EndpointGoneError, Splice, Splicer, SpliceRequest
 from isolator.records import Recorder
 
 BEAT_EVERY = 0.25  # s
@@ -90,7 +91,8 @@ class Agent:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config, self._policies = load(path)
+        loaded = load(path)
+        self.config, self._sources = loaded.config, loaded.sources
         self.flow_log = FlowLog()
         self._started = time.time()
         self._managed: dict[str, Managed] = {}
@@ -102,7 +104,7 @@ class Agent:
             Names.of(self.config.state_dir),
             self._inspector,
             self._recorder.message,
-            XdpMode(self.config.datapath.xdp),
+            XdpMode[self.config.xdp.upper()],
         )
         self._runtime = NetnsRuntime(self.config.endpoints)
         self._policy_errors: list[str] = []
@@ -120,7 +122,7 @@ class Agent:
             self._node.open()
             self._listen()
             await self._take_up()
-            server = ApiServer(create_app(self), self.config.state_dir / "isolator.sock")
+            server = ApiServer(create_app(self), self.config.socket)
             await server.start()
             self._start_tasks()
             log.info("running", pid=os.getpid(), endpoints=len(self._managed), config=str(self.path))
@@ -166,7 +168,11 @@ class Agent:
             task.cancel()
         await server.stop()
         loop = asyncio.get_running_loop()
-        for fd in (self._node.ring.fileno(), self._node.doorbell.fileno(), self._node.datapath.maps["events"].fd):
+        for fd in (
+            self._node.ring.fileno(),
+            self._node.doorbell.fileno(),
+            self._node.datapath.maps["events"].fd,
+        ):
             loop.remove_reader(fd)
         self._node.datapath.control.need_wakeup = False
         self._node.datapath.control.heartbeat = 0  # down, from now on: nobody has to wait for the bound
@@ -333,39 +339,44 @@ class Agent:
     async def _enforce(self) -> None:
         """Compiles what is known now and puts it in force, in one step."""
         async with self._working:
-            addresses = {m.number: m.addresses for m in self._managed.values() if m.number}
             datapath = self._node.datapath
             compiled = compile_policies(
-                [loaded.policy for loaded in self._policies],
+                [source.policy for source in self._sources],
                 dict(self._numbered),
-                {number: addresses.get(number, ()) for number in self._numbered},
+                self._numbered_addresses(),
                 datapath.next_generation(),
             )
             self._inspector.change_policy(compiled.profiles, compiled.generation)
             self._recorder.rules = compiled.rules
             await asyncio.to_thread(
-                datapath.write_policy, compiled.generation, compiled.entries, compiled.identities
+                datapath.write_policy,
+                compiled.generation,
+                compiled.entries,
+                [((each.address, each.prefixlen), each.identity) for each in compiled.identities],
             )
 
     async def reload(self) -> list[str]:
         try:
-            config, policies = load(self.path)
+            loaded = load(self.path)
         except ConfigErrors as error:
             self._policy_errors = [str(problem) for problem in error.problems]
             return self._policy_errors
+        config = loaded.config
         fixed = fixed_settings(self.config, config)
         if fixed:
-            self._policy_errors = [f"{self.path}: {name} cannot change while running: restart the agent" for name in fixed]
+            self._policy_errors = [
+                f"{self.path}: {name} cannot change while running: restart the agent" for name in fixed
+            ]
             return self._policy_errors
         self._policy_errors = []
-        self._policies = policies
+        self._sources = loaded.sources
         gone = {m.name for m in self.config.endpoints} - {m.name for m in config.endpoints}
         self.config = config
         self._runtime.configure(config.endpoints)
         await self._enforce()
         for name in gone:
             await self._drop_configured(name)
-        log.info("policy in force", generation=self._node.datapath.generation, policies=len(policies))
+        log.info("policy in force", generation=self._node.datapath.generation, policies=len(loaded.sources))
         return []
 
     async def _drop_configured(self, name: str) -> None:
@@ -399,7 +410,7 @@ class Agent:
             started=self._started,
             state_dir=str(self.config.state_dir),
             generation=self._node.datapath.generation,
-            xdp=self.config.datapath.xdp,
+            xdp=self.config.xdp,
             endpoints=[self._endpoint_status(managed) for managed in self._managed.values()],
             policy_errors=self._policy_errors,
         )
@@ -413,34 +424,38 @@ class Agent:
             netns=str(configured.netns),
             interface=configured.interface,
             addresses=[str(address) for address in managed.addresses],
-            policies=[loaded.policy.name for loaded in self._policies if self._selects(loaded, configured.labels)],
+            policies=[s.policy.name for s in self._sources if selects(s, configured.labels)],
             detail=managed.detail,
         )
-
-    def _selects(self, loaded: LoadedPolicy, labels: dict[str, str]) -> bool:
-        return any(loaded.policy.selects(labels, direction) for direction in Direction)
 
     def policies(self) -> list[PolicyStatus]:
         return [
             PolicyStatus(
-                name=loaded.policy.name,
-                file=loaded.file,
-                mode=loaded.policy.mode,
-                failure=loaded.policy.failure,
-                endpoints=[e.name for e in self._numbered.values() if self._selects(loaded, e.labels)],
-                document=loaded.document,
+                name=source.policy.name,
+                file=source.file,
+                mode=source.policy.mode,
+                failure=source.policy.failure,
+                endpoints=[e.name for e in self._numbered.values() if selects(source, e.labels)],
+                document=source.document,
             )
-            for loaded in self._policies
+            for source in self._sources
         ]
 
     def explain(self, question: Question) -> Explanation:
-        addresses = {m.number: m.addresses for m in self._managed.values() if m.number}
-        return answer([loaded.policy for loaded in self._policies], self._numbered, addresses, question)
+        return explain(
+            [source.policy for source in self._sources], self._numbered, self._numbered_addresses(), question
+        )
+
+    def _numbered_addresses(self) -> dict[int, tuple[Address, ...]]:
+        known = {managed.number: managed.addresses for managed in self._managed.values()}
+        return {number: known.get(number, ()) for number in self._numbered}
 
     async def restore(self, names: Sequence[str] | None) -> list[RestoreResult]:
         unknown = [name for name in names or () if name not in self._managed]
         if unknown:
-            raise UnknownNameError(f"no endpoint {unknown[0]!r}; there are: {', '.join(self._managed) or 'none'}")
+            raise UnknownNameError(
+                f"no endpoint {unknown[0]!r}; there are: {', '.join(self._managed) or 'none'}"
+            )
         wanted = list(self._managed) if names is None else list(names)
         spliced = [self._managed[name] for name in wanted if self._managed[name].splice is not None]
         return [await self._restore_one(managed) for managed in spliced]
@@ -453,7 +468,10 @@ class Agent:
         except SpliceError as error:
             return RestoreResult(name, str(error))
         self._unnumber(managed)
-        managed.state, managed.detail = EndpointState.WAITING, "restored: not protected until the agent restarts"
+        managed.state, managed.detail = (
+            EndpointState.WAITING,
+            "restored: not protected until the agent restarts",
+        )
         await self._enforce()
         return RestoreResult(name)
 
@@ -467,7 +485,9 @@ class Agent:
         yield Metric("kernel_drops", "Packets the kernel dropped, by reason.", "counter", drops)
         slow = [({"reason": reason.name}, count) for reason, count in node.forwarder.drops.items()]
         yield Metric("slow_path_drops", "Frames Python dropped, by reason.", "counter", slow)
-        yield Metric("inspected_flows", "Connections that Python knows.", "gauge", [({}, len(self._inspector.flows))])
+        yield Metric(
+            "inspected_flows", "Connections that Python knows.", "gauge", [({}, len(self._inspector.flows))]
+        )
 
 
 # -- parts -------------------------------------------------------------------------------------------------
@@ -481,7 +501,9 @@ def hold(state_dir: Path) -> Any:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise AgentError(f"another agent runs on {state_dir}: stop it, or use another state_dir") from error
+            raise AgentError(
+                f"another agent runs on {state_dir}: stop it, or use another state_dir"
+            ) from error
         write_pid(file)
         yield
 
@@ -489,6 +511,10 @@ def hold(state_dir: Path) -> Any:
 def write_pid(file: IO[str]) -> None:
     file.write(f"{os.getpid()}\n")
     file.flush()
+
+
+def selects(source: PolicySource, labels: dict[str, str]) -> bool:
+    return any(source.policy.selects(labels, direction) for direction in Direction)
 
 
 async def repeat(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -506,7 +532,7 @@ def fixed_settings(old: Config, new: Config) -> list[str]:
     pairs = {
         "runtime": (old.runtime, new.runtime),
         "state_dir": (old.state_dir, new.state_dir),
-        "datapath": (old.datapath, new.datapath),
+        "datapath": (old.xdp, new.xdp),
     }
     return [name for name, (before, after) in pairs.items() if before != after]
 
@@ -514,7 +540,7 @@ def fixed_settings(old: Config, new: Config) -> list[str]:
 def stamps(path: Path, config: Config) -> dict[Path, tuple[int, int]]:
     """Modification time and size of every file that the policy depends on."""
     files = [path]
-    for entry in config.policy_paths:
+    for entry in config.policies:
         files += sorted(entry.iterdir()) if entry.is_dir() else [entry]
     found = {}
     for file in files:
@@ -524,6 +550,36 @@ def stamps(path: Path, config: Config) -> dict[Path, tuple[int, int]]:
     return found
 
 
-def run(path: Path) -> None:
-    """Runs the agent in the foreground. Raises AgentError, ConfigErrors, DatapathError."""
-    uvloop.run(Agent(path).run())
+def restore_without_agent(state_dir: Path, names: Sequence[str]) -> list[str]:
+    """Puts back what a dead agent left, by its journal. What could not be, one line each."""
+    failed = []
+    with hold(state_dir):
+        splicer = Splicer(Names.of(state_dir).netns, Journal(Names.of(state_dir).journal))
+        for name in names or [entry.name for entry in splicer.journal.entries()]:
+            try:
+                splicer.restore(name)
+            except EndpointGoneError as error:
+                log.info("gone", endpoint=name, detail=str(error))
+            except SpliceError as error:
+                failed.append(str(error))
+    return failed
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`run CONFIG`, or `restore STATE_DIR [NAME…]`; what goes wrong is one line each."""
+    try:
+        if arguments[0] == "run":
+            uvloop.run(Agent(Path(arguments[1])).run())
+            return 0
+        failed = restore_without_agent(Path(arguments[1]), arguments[2:])
+    except ConfigErrors as error:
+        failed = [str(problem) for problem in error.problems]
+    except (AgentError, DatapathError, PolicyTooLarge, SocketInUseError, OSError) as error:
+        failed = [str(error)]
+    for line in failed:
+        print(f"isolator: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

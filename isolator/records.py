@@ -17,7 +17,9 @@ _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 class Recorder:
     """Writes the flow log. `endpoints` by number and `owners` (endpoint by address) are the daemon's."""
 
-    def __init__(self, log: FlowLog, endpoints: Mapping[int, Endpoint], owners: Mapping[str, Endpoint]) -> None:
+    def __init__(
+        self, log: FlowLog, endpoints: Mapping[int, Endpoint], owners: Mapping[str, Endpoint]
+    ) -> None:
         self._log = log
         self._endpoints = endpoints
         self._owners = owners
@@ -66,7 +68,9 @@ class Recorder:
         source, destination = (remote, local) if direction is Direction.INGRESS else (local, remote)
         protocol = _PROTOCOLS.get(key.protocol, str(key.protocol))
         self._log.append(
-            FlowRecord(now, verdict, direction, source, destination, protocol, by, decision.reason, decision.rule, l7)
+            FlowRecord(
+                now, verdict, direction, source, destination, protocol, by, decision.reason, decision.rule, l7
+            )
         )
 
 
@@ -85,5 +89,3 @@ def address_text(address: bytes) -> str:
     """IPv4 as IPv4, though it stands mapped in 16 bytes."""
     full = IPv6Address(address)
     return str(full.ipv4_mapped or full)
-
-

@@ -90,7 +90,9 @@ class Segment:
 def parse_segment(frame: Octets) -> Segment:
     """Raises PacketMalformed for whatever is not one whole TCP segment."""
     try:
-        kind, first, total, fragment, protocol, _, _, seq, ack, offset, flags, window = _IPV4_TCP.unpack_from(frame)
+        kind, first, total, fragment, protocol, _, _, seq, ack, offset, flags, window = _IPV4_TCP.unpack_from(
+            frame
+        )
     except struct.error:
         raise PacketMalformed("shorter than its headers") from None
     if kind == 0x0800:
@@ -130,7 +132,9 @@ class SegmentTemplate:
 
     __slots__ = ("_destination", "_ethernet", "_ports", "_source", "_version")
 
-    def __init__(self, version: int, ethernet: bytes, source: bytes, destination: bytes, ports: bytes) -> None:
+    def __init__(
+        self, version: int, ethernet: bytes, source: bytes, destination: bytes, ports: bytes
+    ) -> None:
         self._version = version
         self._ethernet = ethernet  # destination MAC, source MAC, EtherType
         self._source = source

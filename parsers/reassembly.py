@@ -6,7 +6,7 @@ Sequence numbers are modulo 2^32 and compare by their signed distance (RFC 9293 
 from __future__ import annotations
 
 from parsers.errors import HeldFull, OutOfWindow, Overlap
-from parsers.packet import Octets
+from parsers.checksum import Octets
 
 RECORD_MAX = 1 << 20  # bytes that a Record keeps at most; who appends looks at its length before
 
@@ -36,7 +36,9 @@ class Reassembler:
         self.held_max = held_max
         self.data = bytearray()  # contiguous from `next`
         self.held = 0  # bytes in all, those behind a hole included
-        self._pieces: list[tuple[int, bytes]] = []  # (offset from next, bytes) behind a hole, ascending, disjoint
+        self._pieces: list[
+            tuple[int, bytes]
+        ] = []  # (offset from next, bytes) behind a hole, ascending, disjoint
 
     def insert(self, seq: int, data: Octets) -> None:
         """Raises Overlap, OutOfWindow, HeldFull; then nothing has changed. Bytes below `next` are ignored."""
@@ -68,7 +70,10 @@ class Reassembler:
         for start, part in sorted([*self._parts(), (at, piece)]):
             if merged and start <= merged[-1][0] + len(merged[-1][1]):
                 base, kept = merged[-1]
-                merged[-1] = (base, kept + part[base + len(kept) - start :] if start + len(part) > base + len(kept) else kept)
+                merged[-1] = (
+                    base,
+                    kept + part[base + len(kept) - start :] if start + len(part) > base + len(kept) else kept,
+                )
             else:
                 merged.append((start, part))
         self._set(merged)

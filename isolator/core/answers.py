@@ -68,7 +68,9 @@ _WHY = {
 def denial(decision: Decision, request: Request | None) -> bytes:
     """The answer to a denied request: 403, the policy and the rule named (RFC 9110 section 15.5.4)."""
     why = _WHY.get(decision.reason, "the policy denies it")
-    source = f"policy {decision.rule.policy}, rule {decision.rule.rule}" if decision.rule else "no policy's rule"
+    source = (
+        f"policy {decision.rule.policy}, rule {decision.rule.rule}" if decision.rule else "no policy's rule"
+    )
     body = f"Denied by Isolator: {why} ({decision.reason.name}; {source}).\n".encode()
     head = (
         "HTTP/1.1 403 Forbidden\r\n"

@@ -26,7 +26,9 @@ from parsers.http1 import AnswerDissector, Mode, Request, RequestDissector
 from parsers.packet import SegmentTemplate
 from parsers.reassembly import Reassembler, Record
 
-HELD_MAX = 65536  # bytes of a direction that wait for their verdict; a head has 16 KiB, the rest is pipelining
+HELD_MAX = (
+    65536  # bytes of a direction that wait for their verdict; a head has 16 KiB, the rest is pipelining
+)
 
 
 class HalfState(Protocol):
@@ -138,7 +140,7 @@ class Flow:
         self.windows: deque[tuple[int, int]] = deque(client.windows)
         self.acked = client.acked
         self.fin_at: int | None = None  # where the client's FIN stands
-        self.held_since: int | None = None
+        self.held_since: float | None = None
         self.promised: int | None = None  # held bytes up to here were acknowledged in the server's name
         # the client's newest frame (isolator.core.segments)
         self.template: SegmentTemplate | None = None
@@ -149,7 +151,9 @@ class Flow:
         # the answers
         self.requests = 0  # allowed so far
         fresh = client.acked == client.next and not client.record and not pinned.server.record
-        self.unanswered: list[str] | None = [] if fresh else None  # methods since the mark; None: nobody knows
+        self.unanswered: list[str] | None = (
+            [] if fresh else None
+        )  # methods since the mark; None: nobody knows
         self.mark_ack: int | None = None  # what the client had acknowledged when the mark was set
 
         # the end (isolator.core.closing)

@@ -115,7 +115,9 @@ class Forwarder:
             self._refuse(segment, packet, context, both=reason == PuntReason.STATE_LOST)
             return
         inspector = self._inspector
-        flow = inspector.find(context & 0xFFFF, segment.key, context >> 24) or self._adopt(segment, packet, context)
+        flow = inspector.find(context & 0xFFFF, segment.key, context >> 24) or self._adopt(
+            segment, packet, context
+        )
         if flow is None:
             self.drops[DropReason.TCP_STATE] += 1
             return

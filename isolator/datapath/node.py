@@ -43,7 +43,9 @@ PUNT_MTU = 65535  # any container's frame fits
 PENDING_NS = 30 * 10**9  # a SYN that nobody answered
 LINGER_NS = 10 * 10**9  # after both FINs, or a RST: the last acknowledgements pass
 HALF_CLOSED_NS = 3600 * 10**9
-IDLE_NS = 5 * 24 * 3600 * 10**9  # as long as Linux keeps an idle connection (nf_conntrack_tcp_timeout_established)
+IDLE_NS = (
+    5 * 24 * 3600 * 10**9
+)  # as long as Linux keeps an idle connection (nf_conntrack_tcp_timeout_established)
 HEARTBEAT_MAX = 2_000_000_000  # ns without a sign of the agent, then it counts as down
 
 
@@ -57,7 +59,9 @@ class Names:
 
     @classmethod
     def of(cls, state_dir: Path) -> Names:
-        name = "-".join(part for part in state_dir.parts if part not in ("/", "run", "var", "tmp")) or "isolator"
+        name = (
+            "-".join(part for part in state_dir.parts if part not in ("/", "run", "var", "tmp")) or "isolator"
+        )
         name = name if name.startswith("isolator") else f"isolator-{name}"
         return cls(name, Path("/sys/fs/bpf") / name, state_dir / "journal")
 
@@ -65,7 +69,9 @@ class Names:
 class Node:
     """All of the kernel's side of one agent."""
 
-    def __init__(self, names: Names, inspector: Inspector, report: Reporter, xdp: XdpMode = XdpMode.OFF) -> None:
+    def __init__(
+        self, names: Names, inspector: Inspector, report: Reporter, xdp: XdpMode = XdpMode.OFF
+    ) -> None:
         self.names = names
         self.inspector = inspector
         self.xdp = xdp
@@ -133,7 +139,9 @@ class Node:
             link = device.find_link(rtnl, request.interface)
             if link is None:
                 return ()
-            return tuple(ip_address(snapshot.address_bytes(b)) for b in snapshot.dump_addresses(rtnl, link.index))
+            return tuple(
+                ip_address(snapshot.address_bytes(b)) for b in snapshot.dump_addresses(rtnl, link.index)
+            )
 
     def protect(self, request: SpliceRequest, number: int) -> Splice:
         """Splices an endpoint. Raises SpliceError, and then all is as before."""
@@ -214,7 +222,11 @@ def punt_pair() -> tuple[int, int]:
     """The ifindexes of punt end and ring end, made where missing. In the calling thread's namespace."""
     with Rtnl() as rtnl:
         if device.find_link(rtnl, PUNT) is None:
-            peer = device.IFINFO.pack(0, 0, 0, 0, 0) + text(device.IFLA_IFNAME, RING) + u32(device.IFLA_MTU, PUNT_MTU)
+            peer = (
+                device.IFINFO.pack(0, 0, 0, 0, 0)
+                + text(device.IFLA_IFNAME, RING)
+                + u32(device.IFLA_MTU, PUNT_MTU)
+            )
             data = attribute(device.IFLA_INFO_DATA, attribute(device.VETH_INFO_PEER, peer))
             body = (
                 device.IFINFO.pack(0, 0, 0, 0, 0)
@@ -232,5 +244,3 @@ def punt_pair() -> tuple[int, int]:
         for index in indexes:
             device.settle_carrier(rtnl, index)
     return indexes[0], indexes[1]
-
-
