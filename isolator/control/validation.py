@@ -20,6 +20,16 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=False)
 
 
+MEANT = {
+    "to": "from",
+    "from": "to",
+    "method": "methods",
+    "host": "hosts",
+    "header": "headers",
+    "rules": "ingress",
+}
+"""What people mean by a key that is right elsewhere."""
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -69,8 +79,11 @@ def message_of(detail: ErrorDetails, path: Path_, model: type[BaseModel]) -> str
 
 def named(path: Path_) -> str:
     """`ports[0].port`; the last three steps say enough beside the line."""
+    steps = list(path[-4:])
+    while steps and isinstance(steps[0], int):
+        steps.pop(0)
     text = ""
-    for step in path[-4:]:
+    for step in steps:
         text += f"[{step}]" if isinstance(step, int) else f".{step}"
     return f"'{text.lstrip('.')}'" if text else "the document"
 
@@ -97,7 +110,9 @@ def quoting(given: Any) -> str:
 
 
 def unknown_word(name: str, given: Any, expected: str) -> str:
-    words = expected.replace(" or ", ", ").replace("'", "").split(", ")
+    words = expected.replace(" or ", ", ").replace("'", "").replace("True", "true").split(", ")
+    if len(words) == 1:
+        return f"{name} cannot be {given!r}: write {words[0]}"
     near = get_close_matches(str(given).lower(), words, 1)
     hint = f"did you mean {near[0]}? It is one of" if near else "write one of"
     return f"{name} cannot be {given!r}: {hint} {', '.join(words)}"
@@ -105,7 +120,8 @@ def unknown_word(name: str, given: Any, expected: str) -> str:
 
 def unknown_key(path: Path_, model: type[BaseModel]) -> str:
     known = known_keys(model, path[:-1])
-    near = get_close_matches(str(path[-1]).lower(), known, 1)
+    meant = MEANT.get(str(path[-1]))
+    near = [meant] if meant in known else get_close_matches(str(path[-1]).lower(), known, 1)
     hint = f"did you mean '{near[0]}'? Known here" if near else "remove it; known here"
     return f"unknown key '{path[-1]}' in {named(path[:-1])}: {hint}: {', '.join(sorted(known))}"
 

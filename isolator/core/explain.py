@@ -174,12 +174,17 @@ def requested(question: Question) -> Asked | None:
     if question.method is None:
         return None
     try:
-        path = normalise(question.path)
+        path = question.path if targets_no_path(question) else normalise(question.path.encode())
     except DissectError as error:
         raise QuestionError(f"{question.path}: every such request is refused: {error}") from error
     headers = tuple((name.lower(), value) for name, value in question.headers.items())
     host = question.host or next((value for name, value in headers if name == "host"), None)
     return Asked(question.method, path, without_port(host.lower()) if host else None, headers)
+
+
+def targets_no_path(question: Question) -> bool:
+    """RFC 9112 sections 3.2.3 and 3.2.4: CONNECT host:port, OPTIONS *."""
+    return question.method == "CONNECT" or (question.method == "OPTIONS" and question.path == "*")
 
 
 def without_port(host: str) -> str:

@@ -9,8 +9,9 @@ evades no rule.
     /api/v1/**      whatever follows, also nothing: /api/v1, /api/v1/, /api/v1/x/y
     regex:/v[0-9]+  the whole path, in the language of isolator.core.regex
 
-Paths are case-sensitive, and a slash at the end counts: `/admin` is not `/admin/`; `/admin/**` is both. The
-query is not part of the path.
+Some servers cut path parameters (`/admin;v=1` is `/admin` to Tomcat), others do not: an allow rule has to
+match both readings, a deny rule one. Paths are case-sensitive, and a slash at the end counts: `/admin` is not
+`/admin/`; `/admin/**` is both. The query is not part of the path.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PATTERN_MAX = 1024
 
 REGEX = "regex:"
 NAMED = re.compile(r"\{[A-Za-z_][A-Za-z0-9_-]*\}")
+PARAMETER = re.compile(";|%3B", re.IGNORECASE)
 ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
 HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*|\[[0-9a-f:.]+\]")
 HOST_MAX = 253  # RFC 1035 section 2.3.4, less the length octets
@@ -65,6 +67,18 @@ class PathPattern:
 
     def __repr__(self) -> str:
         return f"PathPattern({self.source!r})"
+
+
+def without_parameters(path: str) -> str | None:
+    """The path as servers see it that cut parameters off; itself without any; None if that leaves dot
+    segments.
+    """
+    if not PARAMETER.search(path):
+        return path
+    *segments, last = [PARAMETER.split(segment, maxsplit=1)[0] for segment in path.split("/")[1:]]
+    if any(segment in (".", "..") for segment in (*segments, last)):
+        return None
+    return "/" + "/".join([*filter(None, segments), last])
 
 
 def path_regex(source: str) -> Regex:

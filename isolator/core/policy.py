@@ -24,7 +24,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Protocol
 
 from isolator.core.model import Decision, Direction, DropReason, PolicyFlag, RuleRef, Verdict
-from isolator.core.pattern import HostPattern, PathPattern
+from isolator.core.pattern import HostPattern, PathPattern, without_parameters
 
 Network = IPv4Network | IPv6Network
 LabelSet = frozenset[tuple[str, str]]
@@ -189,7 +189,7 @@ class HttpRule:
                 return "method (CONNECT has to be named)"
         elif request.method not in self.methods:
             return "method"
-        if self.path is not None and not self.path.matches(request.path):
+        if self.path is not None and not matches_path(self.path, request.path, widest):
             return "path"
         if self.hosts and not self._matches_host(request.host):
             return "host"
@@ -200,6 +200,18 @@ class HttpRule:
 
     def _matches_host(self, host: str | None) -> bool:
         return host is not None and any(pattern.matches(host) for pattern in self.hosts)
+
+
+def matches_path(pattern: PathPattern, path: str, widest: bool) -> bool:
+    """Servers differ in what path parameters are: an allow needs both readings right, a deny one."""
+    matches, cut = pattern.matches(path), without_parameters(path)
+    if cut == path:
+        return matches
+    return (
+        (matches or cut is None or pattern.matches(cut))
+        if widest
+        else (matches and cut is not None and pattern.matches(cut))
+    )
 
 
 def matches_header(request: HttpRequest, name: str, wanted: str | None, widest: bool) -> bool:

@@ -49,7 +49,10 @@ ADDRESSES: dict[int, list[Address]] = {
 }
 PEERS = [
     *(address for addresses in ADDRESSES.values() for address in addresses),
-    *map(ip_address, ("10.0.0.77", "10.9.1.1", "10.9.7.9", "8.8.8.8", "0.0.0.0", "fd00::77", "2001:db8::1", "::")),
+    *map(
+        ip_address,
+        ("10.0.0.77", "10.9.1.1", "10.9.7.9", "8.8.8.8", "0.0.0.0", "fd00::77", "2001:db8::1", "::"),
+    ),
 ]
 NETWORKS = [
     ip_network(each)
@@ -59,20 +62,29 @@ NETWORKS = [
     )
 ]  # fmt: skip
 POINTS = [(6, 80), (6, 443), (6, 9), (17, 80), (17, 53), (1, 0), (132, 0)]
-ASKS = [Ask("GET", "/a"), Ask("GET", "/a/b"), Ask("POST", "/a"), Ask("GET", "/c"), Ask("GET", "/a", upgrade="h2c")]
+ASKS = [
+    Ask("GET", "/a"),
+    Ask("GET", "/a/b"),
+    Ask("POST", "/a"),
+    Ask("GET", "/c"),
+    Ask("GET", "/a", upgrade="h2c"),
+]
 
 
 # -- the kernel, and the oracle ----------------------------------------------------------------------------
 
 
-def kernel(compiled: Compiled, endpoint: int, direction: Direction, peer: Address, protocol: int, port: int) -> PolicyEntry:
+def kernel(
+    compiled: Compiled, endpoint: int, direction: Direction, peer: Address, protocol: int, port: int
+) -> PolicyEntry:
     """isolator_flow4.h, decide() and policy_at()."""
     mapped = peer.packed if isinstance(peer, IPv6Address) else bytes(10) + b"\xff\xff" + peer.packed
     value = int.from_bytes(mapped, "big")
     holding = [
         (prefix.prefixlen, prefix.identity)
         for prefix in compiled.identities
-        if int.from_bytes(prefix.address, "big") >> (128 - prefix.prefixlen) == value >> (128 - prefix.prefixlen)
+        if int.from_bytes(prefix.address, "big") >> (128 - prefix.prefixlen)
+        == value >> (128 - prefix.prefixlen)
     ]
     assert holding, "every address has an identity"
     identity = max(holding)[1]
@@ -97,13 +109,13 @@ def peer_matches(peer: Peer, address: Address, deny: bool) -> bool:
             return any(hits) if deny else bool(hits) and all(hits)
 
 
-def applying(policies: Iterable[Policy], direction: Direction, address: Address, protocol: int, port: int) -> list[Rule]:
+def applying(
+    policies: Iterable[Policy], direction: Direction, address: Address, protocol: int, port: int
+) -> list[Rule]:
     found = []
     for policy in policies:
         for rule in policy.rules(direction) or ():
-            by_port = any(
-                match.protocol in (0, protocol) and match.port in (0, port) for match in rule.ports
-            )
+            by_port = any(match.protocol in (0, protocol) and match.port in (0, port) for match in rule.ports)
             by_peer = rule.peers is None or any(
                 peer_matches(peer, address, rule.action is Action.DENY) for peer in rule.peers
             )
@@ -112,7 +124,9 @@ def applying(policies: Iterable[Policy], direction: Direction, address: Address,
     return found
 
 
-def allowed(policies: list[Policy], direction: Direction, address: Address, protocol: int, port: int, ask: Ask) -> bool:
+def allowed(
+    policies: list[Policy], direction: Direction, address: Address, protocol: int, port: int, ask: Ask
+) -> bool:
     """Rule by rule: deny beats allow, and what no rule allows is denied."""
     if not policies:
         return True
@@ -132,7 +146,9 @@ def allowed(policies: list[Policy], direction: Direction, address: Address, prot
 
 # -- what hypothesis makes ---------------------------------------------------------------------------------
 
-selectors = st.sampled_from([{}, {"app": "shop"}, {"role": "api"}, {"role": "spy"}, {"no": "body"}]).map(labels_of)
+selectors = st.sampled_from([{}, {"app": "shop"}, {"role": "api"}, {"role": "spy"}, {"no": "body"}]).map(
+    labels_of
+)
 networks = st.sampled_from(NETWORKS)
 peers = (
     selectors.map(Selected)
@@ -157,7 +173,12 @@ def lists(of: st.SearchStrategy[PortMatch]) -> st.SearchStrategy[tuple[PortMatch
 
 
 rules = st.builds(Rule, st.just("r"), actions, some_peers, lists(ports)) | st.builds(
-    Rule, st.just("r"), actions, some_peers, lists(tcp_ports), st.lists(lines, min_size=1, max_size=2).map(tuple)
+    Rule,
+    st.just("r"),
+    actions,
+    some_peers,
+    lists(tcp_ports),
+    st.lists(lines, min_size=1, max_size=2).map(tuple),
 )
 rule_lists = st.none() | st.lists(rules, max_size=4).map(tuple)
 policies = st.builds(
@@ -203,7 +224,9 @@ def test_entries_are_well_formed(made: list[Policy]) -> None:
     compiled = compile_policies(made, ENDPOINTS, ADDRESSES, 7)
     keys = [(e.endpoint, e.direction, e.peer, e.protocol, e.port) for e in compiled.entries]
     assert len(keys) == len(set(keys))
-    assert len({(prefix.address, prefix.prefixlen) for prefix in compiled.identities}) == len(compiled.identities)
+    assert len({(prefix.address, prefix.prefixlen) for prefix in compiled.identities}) == len(
+        compiled.identities
+    )
     assert {prefix.identity for prefix in compiled.identities} == set(compiled.identity_names)
     assert min(compiled.identity_names) == 1
     for entry in compiled.entries:
@@ -284,7 +307,11 @@ def test_monitor_mode_is_an_allow_with_the_reason() -> None:
     compiled = compile_policies([Policy("p", mode=Mode.MONITOR, ingress=(deny,))], ENDPOINTS, ADDRESSES, 1)
     spies = kernel(compiled, 1, Direction.INGRESS, IPv4Address("10.9.7.3"), 6, 80)
     others = kernel(compiled, 1, Direction.INGRESS, IPv4Address("10.0.0.2"), 6, 80)
-    assert (spies.verdict, spies.flags, spies.reason) == (Verdict.ALLOW, PolicyFlag.TRIAL, DropReason.POLICY_DENY)
+    assert (spies.verdict, spies.flags, spies.reason) == (
+        Verdict.ALLOW,
+        PolicyFlag.TRIAL,
+        DropReason.POLICY_DENY,
+    )
     assert (others.verdict, others.flags, others.reason) == (
         Verdict.ALLOW, PolicyFlag.TRIAL, DropReason.POLICY_DEFAULT,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from isolator.core.pattern import HostPattern, PathPattern, PatternError
+from isolator.core.pattern import HostPattern, PathPattern, PatternError, without_parameters
 
 PATHS = [
     ("/", "/", True),
@@ -90,7 +90,9 @@ def test_hosts(pattern: str, host: str, expected: bool) -> None:
     assert HostPattern(pattern).matches(host) is expected
 
 
-@pytest.mark.parametrize("pattern", ["API.local", "a b", "api.local:80", "*", "*.", "a.*.b", "", "-a", "a" * 300])
+@pytest.mark.parametrize(
+    "pattern", ["API.local", "a b", "api.local:80", "*", "*.", "a.*.b", "", "-a", "a" * 300]
+)
 def test_wrong_hosts(pattern: str) -> None:
     with pytest.raises(PatternError):
         HostPattern(pattern)
@@ -99,3 +101,18 @@ def test_wrong_hosts(pattern: str) -> None:
 def test_equal_by_text() -> None:
     assert PathPattern("/a") == PathPattern("/a") != PathPattern("/b")
     assert len({PathPattern("regex:/a"), PathPattern("regex:/a"), HostPattern("a"), HostPattern("a")}) == 2
+
+
+PARAMETERS = [
+    ("/a", "/a"),
+    ("/a;v=1/b;x", "/a/b"),
+    ("/a%3Bx/b", "/a/b"),
+    ("/a/;x/b", "/a/b"),
+    ("/a/;x", "/a/"),
+    ("/..%3Bx/b", None),
+]
+
+
+@pytest.mark.parametrize(("path", "cut"), PARAMETERS)
+def test_without_parameters(path: str, cut: str | None) -> None:
+    assert without_parameters(path) == cut

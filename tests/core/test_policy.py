@@ -55,6 +55,11 @@ DECISIONS = [
     ((READ,), Ask(path="/x"), "DROP", "HTTP_NO_RULE", "read"),
     ((READ, NO_ADMIN), Ask(path="/api/admin"), "DROP", "HTTP_DENY", "no-admin"),
     ((READ, NO_ADMIN), Ask(path="/api/x"), "ALLOW", "NONE", "read"),
+    ((PLAIN, NO_ADMIN), Ask(path="/api/admin;v=1/x"), "DROP", "HTTP_DENY", "no-admin"),
+    ((PLAIN, NO_ADMIN), Ask(path="/api/admin%3Bv/x"), "DROP", "HTTP_DENY", "no-admin"),
+    ((PLAIN, NO_ADMIN), Ask(path="/api/..%3B/x"), "DROP", "HTTP_DENY", "no-admin"),
+    ((rule("one", line("/o/{id}")),), Ask(path="/o/;x"), "DROP", "HTTP_NO_RULE", "one"),
+    ((rule("one", line("/o/{id}")),), Ask(path="/o/7;x"), "ALLOW", "NONE", "one"),
     ((NO_ADMIN,), Ask(path="/api/x"), "DROP", "HTTP_NO_RULE", "no-admin"),
     ((PLAIN, NO_ADMIN), Ask(path="/any"), "ALLOW", "NONE", "plain"),
     ((PLAIN, NO_ADMIN), Ask(path="/api/admin/x"), "DROP", "HTTP_DENY", "no-admin"),
@@ -163,17 +168,23 @@ def test_layer_4() -> None:
     assert outcome_of(Policy("p", ingress=())) == ("DROP", "POLICY_DEFAULT")
     assert outcome_of(Policy("p", ingress=(Rule("a"),))) == ("ALLOW", "NONE")
     assert outcome_of(Policy("p", ingress=(Rule("a"), READ, deny))) == ("DROP", "POLICY_DENY")
-    assert outcome_of(Policy("p", ingress=(Rule("a"),)), Policy("q", ingress=(deny,))) == ("DROP", "POLICY_DENY")
+    assert outcome_of(Policy("p", ingress=(Rule("a"),)), Policy("q", ingress=(deny,))) == (
+        "DROP",
+        "POLICY_DENY",
+    )
     assert outcome_of(Policy("p", deny_with=DenyWith.RESET, ingress=(deny,))) == ("RESET", "POLICY_DENY")
     assert outcome_of(Policy("p", deny_with=DenyWith.RESET, ingress=())) == ("RESET", "POLICY_DEFAULT")
     assert outcome_of(Policy("p", mode=Mode.MONITOR, ingress=(deny,))) == ("ALLOW", "POLICY_DENY")
 
 
 @pytest.mark.parametrize(
-    ("failures", "fail_open"), [("open", True), ("closed", False), ("open closed", False), ("open open", True)]
+    ("failures", "fail_open"),
+    [("open", True), ("closed", False), ("open closed", False), ("open open", True)],
 )
 def test_one_closed_policy_closes(failures: str, fail_open: bool) -> None:
-    policies = [Policy(f"p{at}", failure=Failure(each), ingress=(READ,)) for at, each in enumerate(failures.split())]
+    policies = [
+        Policy(f"p{at}", failure=Failure(each), ingress=(READ,)) for at, each in enumerate(failures.split())
+    ]
     covering = [Covering(policy, READ) for policy in policies]
     assert weigh(policies, covering).fail_open is fail_open
 
