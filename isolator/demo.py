@@ -1,6 +1,6 @@
 """The demo: three network namespaces on a bridge, a policy, real traffic, and what came of it.
 
-    lab (namespaces, nginx, an upload server) → agent → checks, each with what was expected and seen → all taken down
+lab (namespaces, nginx, an upload server) → agent → checks, each with what was expected and seen → all taken down
 """
 
 from __future__ import annotations
@@ -188,7 +188,21 @@ class Lab:
         run("ip", "-n", host, "link", "set", "br0", "up")
         for number, name in enumerate(("web", "api", "intruder"), 1):
             own = f"{PREFIX}-{name}"
-            run("ip", "-n", own, "link", "add", "eth0", "type", "veth", "peer", "name", f"v{name}", "netns", host)
+            run(
+                "ip",
+                "-n",
+                own,
+                "link",
+                "add",
+                "eth0",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"v{name}",
+                "netns",
+                host,
+            )
             run("ip", "-n", host, "link", "set", f"v{name}", "master", "br0", "up")
             run("ip", "-n", own, "addr", "add", f"10.9.0.{number}/24", "dev", "eth0")
             run("ip", "-n", own, "addr", "add", f"fd00:9::{number}/64", "dev", "eth0", "nodad")
@@ -205,6 +219,7 @@ class Lab:
         self.start("api", "nginx", "-c", str(self.root / "nginx.conf"))
         self.start("api", sys.executable, "-c", UPLOAD_SERVER)
         wait_for(lambda: self.curl("web", f"http://{API}{ALLOWED}") == "200", "nginx does not answer")
+        wait_for(lambda: "tentative" not in self.network(), "IPv6 addresses stay tentative")
         (self.root / "access.log").write_text("")
 
     def policy(self, mode: str = "protect", path: str = "/api/v1/**") -> None:
@@ -226,7 +241,14 @@ class Lab:
 
     def curl(self, name: str, url: str, *options: str) -> str:
         """The status, 000 without an answer; with options, whatever those print."""
-        command = ["curl", "-s", "--path-as-is", "-m", "3", *(options or ("-o", "/dev/null", "-w", "%{http_code}"))]
+        command = [
+            "curl",
+            "-s",
+            "--path-as-is",
+            "-m",
+            "3",
+            *(options or ("-o", "/dev/null", "-w", "%{http_code}")),
+        ]
         done = subprocess.run(
             ["nsenter", f"--net=/run/netns/{PREFIX}-{name}", *command, url], capture_output=True, text=True
         )
@@ -269,7 +291,13 @@ class Lab:
 
     def network(self) -> str:
         """Everything that a restore has to give back, as text."""
-        commands = ("ip -d addr", "ip route show table all", "ip -6 route show table all", "ip rule", "ethtool -k eth0")
+        commands = (
+            "ip -d addr",
+            "ip route show table all",
+            "ip -6 route show table all",
+            "ip rule",
+            "ethtool -k eth0",
+        )
         return "".join(self.inside(name, *command.split()) for name in ("web", "api") for command in commands)
 
 
@@ -292,19 +320,35 @@ def requests(lab: Lab) -> Iterator[Check]:
     """What one request, or a few on one connection, come to."""
     web = f"http://{API}"
     yield Check("allowed GET", "200", lab.curl("web", web + ALLOWED))
-    yield Check("allowed HEAD", "200", lab.curl("web", web + ALLOWED, "-I", "-o", "/dev/null", "-w", "%{http_code}"))
+    yield Check(
+        "allowed HEAD", "200", lab.curl("web", web + ALLOWED, "-I", "-o", "/dev/null", "-w", "%{http_code}")
+    )
     yield Check("denied path", "403", lab.curl("web", web + DENIED))
     answer = lab.curl("web", web + DENIED, "-o", "-")
-    yield Check("the answer names policy and rule", "True", str("policy api-allow, rule read-books" in answer))
+    yield Check(
+        "the answer names policy and rule", "True", str("policy api-allow, rule read-books" in answer)
+    )
     method = lab.curl("web", web + ALLOWED, "-X", "DELETE", "-o", "/dev/null", "-w", "%{http_code}")
     yield Check("denied method", "403", method)
-    yield Check("IPv6 allowed, denied", "200 403", " ".join(lab.curl("web", f"http://{API6}{p}") for p in (ALLOWED, DENIED)))
+    yield Check(
+        "IPv6 allowed, denied",
+        "200 403",
+        " ".join(lab.curl("web", f"http://{API6}{p}") for p in (ALLOWED, DENIED)),
+    )
     yield Check("denied peer", "000", lab.curl("intruder", web + ALLOWED))
     yield Check("layer-4 port open", "200", lab.curl("web", f"http://{API}:9090/"))
     yield Check("layer-4 port closed", "000", lab.curl("web", f"http://{API}:8080/"))
-    yield Check("kept-alive, third request denied", "200 200 403", lab.talk(get(ALLOWED), get(ALLOWED), get(DENIED)))
-    yield Check("pipelined, second request denied", "200 403", lab.talk(get(ALLOWED) + get(DENIED) + get(ALLOWED)))
-    yield Check("head in four segments", "200", lab.talk("GET /api/v1/b", "ooks HTTP/1.1\\r", "\\nHost: api\\r\\n", "Connection: close\\r\\n\\r\\n"))
+    yield Check(
+        "kept-alive, third request denied", "200 200 403", lab.talk(get(ALLOWED), get(ALLOWED), get(DENIED))
+    )
+    yield Check(
+        "pipelined, second request denied", "200 403", lab.talk(get(ALLOWED) + get(DENIED) + get(ALLOWED))
+    )
+    yield Check(
+        "head in four segments",
+        "200",
+        lab.talk("GET /api/v1/b", "ooks HTTP/1.1\\r", "\\nHost: api\\r\\n", "Connection: close\\r\\n\\r\\n"),
+    )
     chunked = "POST /orders HTTP/1.1\\r\\nHost: api\\r\\nTransfer-Encoding: chunked\\r\\nContent-Length: 5\\r\\n\\r\\n0\\r\\n\\r\\n"
     yield Check("request smuggling refused", "403", lab.talk(chunked + get(DENIED)))
 
@@ -326,7 +370,9 @@ def transfers(lab: Lab) -> Iterator[Check]:
             block = os.urandom(1 << 20)
             digest.update(block)
             file.write(block)
-    seen = lab.curl("web", f"http://{API}:8081/upload", "-m", "60", "-X", "POST", "-H", "Expect:", "-T", str(source))
+    seen = lab.curl(
+        "web", f"http://{API}:8081/upload", "-m", "60", "-X", "POST", "-H", "Expect:", "-T", str(source)
+    )
     yield Check(f"{UPLOAD_MB} MB upload arrives", digest.hexdigest(), seen)
 
 
@@ -349,7 +395,9 @@ def changes(lab: Lab) -> Iterator[Check]:
     yield Check("agent back: the connection lives on", "200 200", f"{before} {ask(ALLOWED)}")
     generation = lab.ask("/v1/status")["generation"]
     lab.policy(path="/api/v2/**")
-    wait_for(lambda: bool(lab.ask("/v1/status")["generation"] != generation), "the edited policy is not in force")
+    wait_for(
+        lambda: bool(lab.ask("/v1/status")["generation"] != generation), "the edited policy is not in force"
+    )
     yield Check("policy edited: the live connection's next request", "403", ask(ALLOWED))
 
 
@@ -365,23 +413,47 @@ def killed_transfer(lab: Lab) -> Iterator[Check]:
     time.sleep(1.5)
     source = lab.root / "upload"
     url = f"http://{API}:8081/upload"
-    command = ("curl", "-s", "-m", "60", "--limit-rate", "60M", "-X", "POST", "-H", "Expect:", "-T", str(source), url)
+    command = (
+        "curl",
+        "-s",
+        "-m",
+        "60",
+        "--limit-rate",
+        "60M",
+        "-X",
+        "POST",
+        "-H",
+        "Expect:",
+        "-T",
+        str(source),
+        url,
+    )
     upload = lab.start("web", *command)
     time.sleep(0.7)
     lab.stop_agent(signal.SIGKILL)
     seen, _ = upload.communicate(timeout=60)
-    yield Check("agent killed during an upload: it arrives", hashlib.sha256(source.read_bytes()).hexdigest(), seen.strip())
+    yield Check(
+        "agent killed during an upload: it arrives",
+        hashlib.sha256(source.read_bytes()).hexdigest(),
+        seen.strip(),
+    )
     lab.start_agent()
 
 
 def monitored(lab: Lab) -> Iterator[Check]:
     lines = lab.served()
-    yield Check("denied requests in the server's log", "0", str(sum("admin" in line or "DELETE" in line for line in lines)))
+    yield Check(
+        "denied requests in the server's log",
+        "0",
+        str(sum("admin" in line or "DELETE" in line for line in lines)),
+    )
     lab.policy(mode="monitor")
     time.sleep(2)
     yield Check("monitor mode lets pass", "200", lab.curl("web", f"http://{API}{DENIED}"))
     audits = [f for f in lab.ask("/v1/flows")["flows"] if f.get("verdict") == "AUDIT" and f.get("l7")]
-    yield Check("monitor mode reports", "HTTP_NO_RULE", str(audits[-1]["drop_reason"] if audits else "nothing"))
+    yield Check(
+        "monitor mode reports", "HTTP_NO_RULE", str(audits[-1]["drop_reason"] if audits else "nothing")
+    )
 
 
 def restored(lab: Lab, before: str) -> Iterator[Check]:
@@ -390,7 +462,9 @@ def restored(lab: Lab, before: str) -> Iterator[Check]:
         capture_output=True, text=True,
     )  # fmt: skip
     yield Check("restore says", "0", str(done.returncode))
-    yield Check("restore leaves the network as it was", "equal", "equal" if lab.network() == before else "different")
+    yield Check(
+        "restore leaves the network as it was", "equal", "equal" if lab.network() == before else "different"
+    )
     yield Check("and traffic flows", "200", lab.curl("intruder", f"http://{API}{ALLOWED}"))
 
 
@@ -426,19 +500,29 @@ def demo(xdp: str, as_json: bool) -> int:
 
 
 def line(check: Check) -> str:
-    mark = ("\033[32mok\033[0m  " if check.ok else "\033[31mFAIL\033[0m") if sys.stdout.isatty() else "ok  " if check.ok else "FAIL"
+    mark = (
+        ("\033[32mok\033[0m  " if check.ok else "\033[31mFAIL\033[0m")
+        if sys.stdout.isatty()
+        else "ok  "
+        if check.ok
+        else "FAIL"
+    )
     expected = check.expected if len(check.expected) < 20 else check.expected[:8] + "…"
     seen = "" if check.ok else f"  seen {check.seen or 'nothing'}"
     return f"{mark} {check.name:<55} {expected}{seen}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="isolator demo", description="Shows what Isolator does, on this machine.")
+    parser = argparse.ArgumentParser(
+        prog="isolator demo", description="Shows what Isolator does, on this machine."
+    )
     parser.add_argument("--xdp", choices=("off", "native", "generic"), default="off")
     parser.add_argument("--json", action="store_true", dest="as_json")
     arguments = parser.parse_args()
     if os.geteuid() != 0:
-        print("isolator: the demo needs root, for network namespaces and BPF: run it as root", file=sys.stderr)
+        print(
+            "isolator: the demo needs root, for network namespaces and BPF: run it as root", file=sys.stderr
+        )
         return 1
     return demo(arguments.xdp, arguments.as_json)
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import httptools  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-from parsers.errors import DissectError, HttpAmbiguous, HttpMalformed, HttpTooLong, NotHttp
 from parsers.checksum import Octets
+from parsers.errors import DissectError, HttpAmbiguous, HttpMalformed, HttpTooLong, NotHttp
 from parsers.path import normalise
 
 HEAD_MAX = 16384  # bytes of a head: twice what common servers take

@@ -5,8 +5,8 @@ Sequence numbers are modulo 2^32 and compare by their signed distance (RFC 9293 
 
 from __future__ import annotations
 
-from parsers.errors import HeldFull, OutOfWindow, Overlap
 from parsers.checksum import Octets
+from parsers.errors import HeldFull, OutOfWindow, Overlap
 
 RECORD_MAX = 1 << 20  # bytes that a Record keeps at most; who appends looks at its length before
 
@@ -31,7 +31,7 @@ class Reassembler:
 
     __slots__ = ("_pieces", "data", "held", "held_max", "next")
 
-    def __init__(self, next: int, held_max: int = 65536) -> None:  # noqa: A002 - the field's word
+    def __init__(self, next: int, held_max: int = 65536) -> None:
         self.next = next
         self.held_max = held_max
         self.data = bytearray()  # contiguous from `next`

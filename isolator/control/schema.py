@@ -93,7 +93,7 @@ class HttpModel(Strict):
     methods: list[Method] | None = Field(None, description="Left out: every method but CONNECT.")
     path: PathText | None = Field(
         None,
-        description="Segments, `*` or `{name}` for any one, `/**` at the end for whatever follows (or nothing); or "
+        description="Segments, `*` or `{name}` for any one, `/**` at the end for any rest (or none), or "
         "`regex:` and an expression for the whole path. The query is not part of it.",
     )
     hosts: list[HostText] | None = Field(

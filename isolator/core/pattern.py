@@ -70,9 +70,7 @@ class PathPattern:
 
 
 def without_parameters(path: str) -> str | None:
-    """The path as servers see it that cut parameters off; itself without any; None if that leaves dot
-    segments.
-    """
+    """The path as servers read it that cut parameters off; None if dot segments are left."""
     if not PARAMETER.search(path):
         return path
     *segments, last = [PARAMETER.split(segment, maxsplit=1)[0] for segment in path.split("/")[1:]]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -36,7 +35,7 @@ from isolator.datapath.netns import Netns, pinned_netns
 from isolator.datapath.ring import Ring, packet_socket
 from isolator.datapath.rtnl import Rtnl, attribute, text, u32
 from isolator.datapath.sender import Sender
-from isolator.datapath.splice import Address, Recovered, Splice, SpliceRequest, Splicer
+from isolator.datapath.splice import Address, Recovered, Splice, Splicer, SpliceRequest
 
 PUNT, RING = "punt", "ring"  # the punt pair: frames are redirected to one end and read at the other
 PUNT_MTU = 65535  # any container's frame fits

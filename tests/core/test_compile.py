@@ -1,6 +1,6 @@
 """The compiler against an oracle that knows nothing of identities, entries or order.
 
-Left: what the kernel would do with the compiled entries (longest prefix, then its four lookups, then the profile).
+Left: what the kernel would do with the compiled entries (longest prefix, four lookups, then the profile).
 Right: every rule evaluated by itself for one packet and one request. They must agree, so nothing is widened.
 """
 

@@ -63,7 +63,9 @@ def mirror(container_port: int, network_port: int) -> None:
     for here, there in ((container_port, network_port), (network_port, container_port)):
         names = {link["ifindex"]: link["ifname"] for link in json.loads(run("ip -j link"))}
         run(f"tc qdisc add dev {names[here]} clsact")
-        run(f"tc filter add dev {names[here]} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {names[there]}")
+        run(
+            f"tc filter add dev {names[here]} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {names[there]}"
+        )
 
 
 @contextlib.contextmanager
@@ -78,7 +80,10 @@ def two_containers() -> Iterator[None]:
         for number, netns in ((1, A), (2, B)):
             batch(HOST, f"link add veth{number} mtu 9000 type veth peer name eth0 mtu 9000 netns {netns}")
             batch(HOST, f"link set veth{number} master br0 up")
-            batch(netns, f"link set eth0 up\naddr add 10.31.0.{number}/24 dev eth0\naddr add fd31::{number}/64 dev eth0")
+            batch(
+                netns,
+                f"link set eth0 up\naddr add 10.31.0.{number}/24 dev eth0\naddr add fd31::{number}/64 dev eth0",
+            )
         await_addresses(A)
         await_addresses(B)
         yield

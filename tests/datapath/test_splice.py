@@ -67,7 +67,11 @@ def unlike(before: dict[str, str], after: dict[str, str]) -> dict[str, tuple[str
 
 
 def ports() -> list[str]:
-    return [line for line in lab.run(f"ip -n {lab.ISOLATOR} -o link").splitlines() if "veth" in line or "@" in line]
+    return [
+        line
+        for line in lab.run(f"ip -n {lab.ISOLATOR} -o link").splitlines()
+        if "veth" in line or "@" in line
+    ]
 
 
 def test_restore_is_the_inverse(splicer: Splicer) -> None:
