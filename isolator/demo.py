@@ -349,7 +349,8 @@ def requests(lab: Lab) -> Iterator[Check]:
         "200",
         lab.talk("GET /api/v1/b", "ooks HTTP/1.1\\r", "\\nHost: api\\r\\n", "Connection: close\\r\\n\\r\\n"),
     )
-    chunked = "POST /orders HTTP/1.1\\r\\nHost: api\\r\\nTransfer-Encoding: chunked\\r\\nContent-Length: 5\\r\\n\\r\\n0\\r\\n\\r\\n"
+    framing = "Transfer-Encoding: chunked\\r\\nContent-Length: 5\\r\\n\\r\\n0\\r\\n\\r\\n"
+    chunked = "POST /orders HTTP/1.1\\r\\nHost: api\\r\\n" + framing
     yield Check("request smuggling refused", "403", lab.talk(chunked + get(DENIED)))
 
 

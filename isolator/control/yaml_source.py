@@ -164,9 +164,8 @@ class Builder:
                 )
             elif (*path, key) in self._document.keys:
                 line = self._document.keys[(*path, key)][0]
-                self._complain(
-                    (*path, key), key_node, f"'{key}' stands in line {line} already: keep one of them"
-                )
+                message = f"'{key}' stands in line {line} already: keep one of them"
+                self._document.problems.append(Problem(self._document.file, *mark_of(key_node), message))
             else:
                 self._document.keys[(*path, key)] = mark_of(key_node)
                 yield key, self._value(value_node, (*path, key))

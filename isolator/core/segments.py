@@ -43,7 +43,7 @@ def resets(flow: Flow) -> list[Send]:
 
 
 def refusals(segment: Segment, packet: memoryview) -> tuple[bytes, bytes]:
-    """Resets for a connection that cannot be: to the frame's sender, and on to its receiver (RFC 9293 section 3.5.2)."""
+    """Resets for a connection that cannot be, to a frame's sender and to its receiver (RFC 9293 section 3.5.2)."""
     template = SegmentTemplate.like(packet, segment)
     length = segment.payload_length + bool(segment.flags & SYN) + bool(segment.flags & FIN)
     end = (segment.seq + length) & 0xFFFFFFFF

@@ -49,6 +49,9 @@ def _checked(result: int, what: str) -> None:
         raise OSError(code, f"{what}: {os.strerror(code)}")
 
 
+_pinning = threading.Lock()
+
+
 def netns_path(name: str) -> Path:
     """Where a namespace stands: a path as it is, a name under /run/netns as `ip netns` has it."""
     return Path(name) if "/" in name else PINS / name
@@ -119,11 +122,12 @@ def pinned_netns(name: str) -> Netns:
     IPv6 is off in it. Raises SpliceError where it cannot be made (no root).
     """
     try:
-        try:
-            netns = Netns(name)
-        except NetnsMissingError:
-            _pin(netns_path(name))
-            netns = Netns(name)
+        with _pinning:  # two threads would each make one, and the second's would hide the first's
+            try:
+                netns = Netns(name)
+            except NetnsMissingError:
+                _pin(netns_path(name))
+                netns = Netns(name)
         with netns.entered():
             for path, value in NETNS_SYSCTLS:
                 with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from ipaddress import ip_network
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from isolator.control.config import (
     Config,
@@ -158,7 +163,7 @@ def test_files_folders_documents(tmp_path: Path) -> None:
 
 
 def test_aliases_are_followed(tmp_path: Path) -> None:
-    text = "state_dir: /run/x\nendpoints:\n- {name: a, netns: a, labels: &l {app: x}}\n- {name: b, netns: b, labels: *l}\n"
+    text = "state_dir: /x\nendpoints: [{name: a, netns: a, labels: &l {app: x}}, {name: b, netns: b, labels: *l}]"
     assert load_config(write(tmp_path, isolator=text)).endpoints[1].labels == {"app": "x"}
 
 
@@ -187,7 +192,7 @@ on_exit:
         "isolator.yaml:2:1: unknown key 'state_dirs' in the document: did you mean 'state_dir'? "
         "Known here: datapath, endpoints, on_exit, policies, runtime, state_dir",
         "isolator.yaml:3:12: nope: there is no such file or folder: correct the path or make it",
-        "isolator.yaml:3:29: empty: the folder holds no .yaml or .yml file: "
+        "isolator.yaml:3:30: empty: the folder holds no .yaml or .yml file: "
         "put a policy there, or remove it from the list",
         "isolator.yaml:4:17: 'datapath.xdp' cannot be 'of': did you mean off? It is one of off, native, generic",
         "isolator.yaml:4:21: unknown key 'xpd' in 'datapath': did you mean 'xdp'? Known here: xdp",
@@ -362,3 +367,55 @@ def test_types(tmp_path: Path) -> None:
     """What the daemon relies on."""
     loaded = load(str(write(tmp_path, isolator="state_dir: /run/x\n")))
     assert isinstance(loaded, Loaded) and isinstance(loaded.config, Config) and loaded.warnings == ()
+
+
+WORDS = [
+    "spec",
+    "ingress",
+    "from",
+    "ports",
+    "http",
+    "name",
+    "kind",
+    "Policy",
+    "except",
+    "cidr",
+    "metadata",
+    "policies",
+]
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(WORDS)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=3), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@given(values, st.sampled_from(["spec", "ingress", "rule", "peer", "port", "http", "document"]))
+def test_whatever_stands_there_ends_in_problems(value: object, where: str) -> None:
+    rule: dict[str, object] = {"name": "r"}
+    rule |= {"rule": {"action": value}, "peer": {"from": [value]}, "port": {"ports": [value]}}.get(where, {})
+    rule |= {"http": [value]} if where == "http" else {}
+    spec = {"select": {}, "ingress": value if where == "ingress" else [rule]}
+    policy = {"kind": "Policy", "metadata": {"name": "p"}, "spec": value if where == "spec" else spec}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "p.yaml"
+        path.write_text(json.dumps(value if where == "document" else policy))
+        sources, found = check_policies([path])
+        assert sources or found
+        with contextlib.suppress(ConfigErrors):
+            load(path)
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode), st.integers(0, len(POLICY)))
+def test_whatever_bytes_end_in_problems(noise: bytes, at: int) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "p.yaml"
+        path.write_bytes(POLICY.encode()[:at] + noise + POLICY.encode()[at:])
+        check_policies([path])
+        with contextlib.suppress(ConfigErrors):
+            load(path)

@@ -64,7 +64,8 @@ def mirror(container_port: int, network_port: int) -> None:
         names = {link["ifindex"]: link["ifname"] for link in json.loads(run("ip -j link"))}
         run(f"tc qdisc add dev {names[here]} clsact")
         run(
-            f"tc filter add dev {names[here]} ingress protocol all u32 match u32 0 0 action mirred egress redirect dev {names[there]}"
+            f"tc filter add dev {names[here]} ingress protocol all u32 match u32 0 0"
+            f" action mirred egress redirect dev {names[there]}"
         )
 
 

@@ -13,7 +13,10 @@ import pytest
 @pytest.mark.parametrize("xdp", ["off", "native", "generic"])
 def test_every_check_of_the_demo_passes(xdp: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "isolator.demo", "--json", "--xdp", xdp], capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", "isolator.demo", "--json", "--xdp", xdp],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     told = json.loads(done.stdout)
     assert [check for check in told["checks"] if not check["ok"]] == [], done.stderr
