@@ -369,11 +369,17 @@ class Agent:
             ]
             return self._policy_errors
         self._policy_errors = []
-        self._sources = loaded.sources
+        before, self._sources = self._sources, loaded.sources
+        try:
+            await self._enforce()
+        except (PolicyTooLarge, DatapathError) as error:
+            self._sources = before
+            await self._enforce()
+            self._policy_errors = [f"{self.path}: {error}"]
+            return self._policy_errors
         gone = {m.name for m in self.config.endpoints} - {m.name for m in config.endpoints}
         self.config = config
         self._runtime.configure(config.endpoints)
-        await self._enforce()
         for name in gone:
             await self._drop_configured(name)
         log.info("policy in force", generation=self._node.datapath.generation, policies=len(loaded.sources))

@@ -24,7 +24,7 @@ from isolator.datapath.bpf import unpin
 from isolator.datapath.netns import unpin_netns
 from isolator.datapath.node import Names
 
-STATE = Path("/run/isolator-demo")
+STATE = Path("/run/isolator-demo-lab")  # its own: an agent that follows the README is left alone
 PREFIX = "isodemo"
 API, API6 = "10.9.0.2", "[fd00:9::2]"
 ALLOWED, DENIED = "/api/v1/books", "/admin/secrets"

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from isolator.datapath.errors import DatapathError
 
-LOG_BYTES = 1 << 24  # room for the verifier's log of a refused program; pages are taken only when written
+LOG_BYTES = 1 << 18  # room for the end of the verifier's log of a refused program
 LOG_LINES = 12  # of it shown in an error: the verdict stands at the end
 
 

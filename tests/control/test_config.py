@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isolator.control.config import (
@@ -395,6 +395,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(values, st.sampled_from(["spec", "ingress", "rule", "peer", "port", "http", "document"]))
 def test_whatever_stands_there_ends_in_problems(value: object, where: str) -> None:
     rule: dict[str, object] = {"name": "r"}
@@ -411,6 +412,7 @@ def test_whatever_stands_there_ends_in_problems(value: object, where: str) -> No
             load(path)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode), st.integers(0, len(POLICY)))
 def test_whatever_bytes_end_in_problems(noise: bytes, at: int) -> None:
     with TemporaryDirectory() as folder:

@@ -219,6 +219,7 @@ def test_compiling_agrees_with_every_rule_by_itself(
                 assert trial is (passes and not tried), where
 
 
+@settings(deadline=None)
 @given(st.lists(policies, max_size=4))
 def test_entries_are_well_formed(made: list[Policy]) -> None:
     compiled = compile_policies(made, ENDPOINTS, ADDRESSES, 7)
@@ -238,6 +239,7 @@ def test_entries_are_well_formed(made: list[Policy]) -> None:
         assert bool(entry.reason) is (dropped or bool(entry.flags & PolicyFlag.TRIAL))
 
 
+@settings(deadline=None)
 @given(st.lists(policies, max_size=4))
 def test_the_same_input_gives_the_same_numbers(made: list[Policy]) -> None:
     assert compile_policies(made, ENDPOINTS, ADDRESSES, 7) == compile_policies(made, ENDPOINTS, ADDRESSES, 7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isolator.core.explain import Explanation, Question, QuestionError, explain
@@ -119,6 +119,7 @@ def test_an_endpoint_without_addresses_is_known_by_its_labels() -> None:
     assert explain(POLICIES, endpoints, {}, Question("a", "b", 80, "tcp", "GET", "/v1/x")).allowed
 
 
+@settings(deadline=None)
 @given(st.lists(policies, max_size=3), st.sampled_from([ask for ask in ASKS if not ask.upgrade]))
 def test_agrees_with_every_rule_by_itself(made: list[Policy], request_: Ask) -> None:
     for port in (80, 443):

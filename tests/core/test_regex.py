@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isolator.core.regex import MOVES_MAX, Regex, RegexError
@@ -73,14 +73,18 @@ def test_errors(pattern: str, message: str) -> None:
 def patterns() -> st.SearchStrategy[str]:
     atom = st.sampled_from(["a", "b", "/", ".", "[ab]", "[^a]", r"\w", r"\.", r"\d", "[a-b/]"])
     sign = st.sampled_from(["", "*", "+", "?", "{2}", "{1,2}", "{0,1}", "{1,}"])
+    bounded = st.sampled_from(
+        ["", "?", "{2}", "{1,2}"]
+    )  # around groups `re` could take years with the others
 
     def grown(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         joined = st.lists(inner, min_size=1, max_size=3)
-        return st.builds(lambda parts, s: f"({'|'.join(parts)}){s}", joined, sign) | joined.map("".join)
+        return st.builds(lambda parts, s: f"({'|'.join(parts)}){s}", joined, bounded) | joined.map("".join)
 
     return st.recursive(st.builds(str.__add__, atom, sign), grown, max_leaves=6)
 
 
+@settings(deadline=None)
 @given(patterns(), st.text("ab/.1é", max_size=8))
 def test_same_language_as_re(pattern: str, text: str) -> None:
     try:
