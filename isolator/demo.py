@@ -60,7 +60,7 @@ spec:
         - {methods: [POST], path: /upload}
     - name: metrics
       from: [{select: {app: bookstore}}]
-      ports: [{port: 9090, protocol: tcp}]
+      ports: [{port: 9090, protocol: tcp}, {port: 9091, protocol: tcp}]
 """
 
 NGINX = """\
@@ -272,7 +272,7 @@ class Lab:
     def wait_ready(self) -> None:
         wait_for(lambda: bool(self.ask("/v1/status").get("ready")), "the agent does not get ready")
 
-    def stop_agent(self, how: signal.Signals) -> None:
+    def stop_agent(self, how: int) -> None:
         if self.agent is not None and self.agent.poll() is None:
             self.agent.send_signal(how)
             self.agent.wait(20)

@@ -383,7 +383,8 @@ class RequestDissector(_Dissector):
     """A client's bytes. Behind CONNECT and an Upgrade it reads on as if the server had declined."""
 
     def _head(self, data: bytes, at: int) -> Piece | None:
-        if not _BEGINNING.match(data, at, at + _METHOD_MAX + 1):
+        begins = _BEGINNING.match(data, at, at + _METHOD_MAX + 1)
+        if begins is None or (len(begins[0]) > _METHOD_MAX and not begins[0].endswith(b" ")):
             raise NotHttp("what begins here is no request")
         end = _head_end(data, at)
         if end is None:

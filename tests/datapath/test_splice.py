@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
-from isolator.datapath import splice as splice_module
 from isolator.datapath.journal import Journal
 from isolator.datapath.netns import Netns, NetnsMissingError, SpliceError
 from isolator.datapath.splice import (
@@ -102,7 +102,6 @@ def test_restore_is_the_inverse(splicer: Splicer) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    "link set eth0 down",
     "addr flush dev eth0",
     "-6 addr flush dev eth0",
     "link set eth0 mtu 1000",
@@ -118,6 +117,20 @@ def test_odd_interfaces_come_back_as_they_were(splicer: Splicer, settings: str) 
     splicer.splice(request, lab.mirror)
     splicer.restore("odd")
     assert without_qdisc(unlike(before, lab.inventory())) == {}
+
+
+def test_an_interface_that_is_down_stays_down(splicer: Splicer) -> None:
+    """But for `qdisc noop` where `noqueue` stood: the kernel gives a device its queue when it comes up."""
+    lab.batch(lab.A, "link set eth0 down")
+    before = lab.inventory()
+    splicer.splice(REQUEST, lab.mirror)
+    splicer.restore("web")
+    after = lab.inventory()
+    for found in (before, after):
+        found["tc qdisc show"] = ""
+        for command in ("ip -d addr", "ip -d link"):
+            found[command] = found[command].replace("qdisc noop state", "qdisc noqueue state")
+    assert unlike(before, after) == {}
 
 
 @pytest.mark.parametrize("setting", [
@@ -319,8 +332,6 @@ def test_many_splices_at_once(splicer: Splicer) -> None:
         requests = (SpliceRequest("a", lab.A), SpliceRequest("b", lab.B))
         return await asyncio.gather(*(asyncio.to_thread(splicer.splice, r, lab.mirror) for r in requests))
 
-    import uvloop
-
     made = uvloop.run(both())
     assert len({port for each in made for port in (each.container_port, each.network_port)}) == 4
     assert len(ports()) == 4
@@ -335,4 +346,3 @@ def test_stages_are_those_that_run(splicer: Splicer) -> None:
     reached.clear()
     splicer.restore("web")
     assert tuple(reached) == RESTORE_STAGES
-    assert splice_module.__doc__ is not None

@@ -1,0 +1,39 @@
+"""Paths as rules see them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parsers.errors import HttpAmbiguous
+from parsers.path import normalise
+
+
+@pytest.mark.parametrize(("raw", "path"), [
+    ("/", "/"), ("/a/b", "/a/b"), ("/a/", "/a/"), ("//a///b", "/a/b"), ("/a/./b/.", "/a/b/"), ("/a/../b", "/b"),
+    ("/%61%2D%7e", "/a-~"), ("/a/%2e%2e/b", "/b"), ("/a?x=/../", "/a"), ("/caf%C3%A9", "/café"),
+    ("/a;v=1/b", "/a;v=1/b"),
+    ("/a%3Fb", "/a%3Fb"), ("/a%3fb", "/a%3Fb"),
+])  # fmt: skip
+def test_normalised(raw: str, path: str) -> None:
+    assert normalise(raw) == path
+
+
+@pytest.mark.parametrize("raw", [
+    "", "a", "/..", "/a/../../b", "/%2e%2e/a", "/a%2fb", "/a%2Fb", "/a%5cb", "/a\\b", "/%00", "/%0a", "/%7f", "/%252e",
+    "/%2", "/%zz", "/%", "/%ff", "/%c0%ae", "/a/..;/b", "/a/.;x", "/a#b", "/a b",
+])  # fmt: skip
+def test_refused(raw: str) -> None:
+    with pytest.raises(HttpAmbiguous):
+        normalise(raw)
+
+
+@given(st.text(alphabet="/.%2eEfFaA5c;?~-", max_size=30).map("/".__add__))
+def test_twice_is_once(raw: str) -> None:
+    try:
+        path = normalise(raw)
+    except HttpAmbiguous:
+        return
+    assert normalise(path) == path
+    assert "/../" not in path + "/" and "/./" not in path + "/" and "//" not in path
