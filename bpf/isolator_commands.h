@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/*
+ * What Python does to an inspected flow. A half's word changes by compare-and-swap only (R0), and a map update
+ * from user space is none: so Python asks a syscall program.
+ */
+#ifndef ISOLATOR_COMMANDS_H
+#define ISOLATOR_COMMANDS_H
+
+#include "isolator_maps.h"
+
+static __always_inline void commit_record(struct half *half, struct flow7_command *c)
+{
+	const __u64 *from = (const __u64 *)c->record;
+	__u64 *to = (__u64 *)half->record;
+	unsigned int i;
+
+	half->record_len = 0; /* none, while it is written: a retransmission then goes to Python */
+#pragma unroll
+	for (i = 0; i < sizeof(half->record) / 8; i++) /* the context takes fixed offsets alone */
+		to[i] = from[i];
+	half->record_seq = c->record_seq;
+	half->record_len = c->record_len <= RECORD_MAX ? c->record_len : 0;
+}
+
+static __always_inline __u32 commit(struct half *half, struct half *other, struct flow7_command *c)
+{
+	__u64 word;
+	int i;
+
+	if (WORD_NEXT(half->word) != c->expect_next || WORD_OWNER(half->word) != OWNER_PYTHON)
+		return FLOW7_STALE;
+	if (c->flags & COMMIT_RECORD)
+		commit_record(half, c);
+	if (c->flags & COMMIT_WINDOW && c->window.to - c->window.from <= WINDOW_BYTES_MAX) {
+		half->windows[half->window_at & (WINDOWS_MAX - 1)] = c->window;
+		half->window_at++;
+	}
+	if (c->flags & COMMIT_MARK) {
+		other->record_len = 0;
+		other->record_seq = WORD_NEXT(other->word);
+	}
+	half->mode = c->mode;
+	half->remaining = c->remaining;
+	for (i = 0; i < 64; i++) { /* punts may count up meanwhile */
+		word = half->word;
+		if (__sync_val_compare_and_swap(&half->word, word, (word & ~0xffffffffull) | c->next) == word)
+			return FLOW7_OK;
+	}
+	return FLOW7_STALE;
+}
+
+static __always_inline __u32 set_owner(struct half *half, __u8 owner)
+{
+	__u64 word;
+	int i;
+
+	for (i = 0; i < 64; i++) {
+		word = half->word;
+		if (__sync_val_compare_and_swap(&half->word, word, (word & ~(3ull << 32)) | (__u64)(owner & 3) << 32) == word)
+			return FLOW7_OK;
+	}
+	return FLOW7_STALE;
+}
+
+static __always_inline __u32 forget(const struct flow_key *key)
+{
+	__u32 number = key->endpoint;
+	struct endpoint *endpoint = bpf_map_lookup_elem(&endpoints, &number);
+
+	if (bpf_map_delete_elem(&flows7, key))
+		return FLOW7_GONE;
+	if (endpoint && endpoint->flows7)
+		__sync_fetch_and_add(&endpoint->flows7, -1);
+	return FLOW7_OK;
+}
+
+SEC("syscall")
+int isolator_flow7(struct flow7_command *c)
+{
+	struct flow_key key = c->key;
+	struct flow7 *f = bpf_map_lookup_elem(&flows7, &key);
+	struct half *half, *other;
+
+	c->result = FLOW7_GONE;
+	if (!f)
+		return 0;
+	half = &f->half[c->direction & 1];
+	other = &f->half[(c->direction & 1) ^ 1];
+	if (f->incarnation != c->incarnation)
+		c->result = FLOW7_STALE;
+	else if (c->op == FLOW7_COMMIT)
+		c->result = commit(half, other, c);
+	else if (c->op == FLOW7_OWN)
+		c->result = set_owner(half, c->owner);
+	c->acked = half->acked;
+	c->other_next = WORD_NEXT(other->word);
+	c->other_record_len = other->record_len;
+	if (c->op == FLOW7_DELETE && f->incarnation == c->incarnation)
+		c->result = forget(&key);
+	return 0;
+}
+
+#endif
