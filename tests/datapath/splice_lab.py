@@ -1,4 +1,5 @@
-"""Two containers on a bridge, for the splice tests: namespaces spt-a, spt-b, spt-host, and spt-isolator for the ports.
+"""Two containers on a bridge, for the splice tests, in namespaces of this process: spt-a-PID, spt-b-PID, spt-host-PID,
+and spt-isolator-PID for the ports. A child process works in its parent's.
 
 The stand-in for the BPF programs sends whatever arrives at one port out of the other.
 """
@@ -7,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import time
 from collections.abc import Iterator
 
-A, B, HOST, ISOLATOR = "spt-a", "spt-b", "spt-host", "spt-isolator"
+OWNER = os.environ.setdefault("SPLICE_LAB", str(os.getpid()))
+A, B, HOST, ISOLATOR = (f"spt-{name}-{OWNER}" for name in ("a", "b", "host", "isolator"))
 INVENTORY = (
     "ip -d addr", "ip -d link", "ip route show table all", "ip -6 route show table all", "ip nexthop", "ip rule",
     "ip -6 rule", "ip neigh show nud permanent", "ip -6 neigh show proxy", "ip neigh show proxy", "ethtool -k eth0",
@@ -98,7 +101,7 @@ def take_down() -> None:
 
 
 def furnish() -> None:
-    """Everything issue and design ask to come back, on spt-a's eth0."""
+    """Everything that has to come back, on the first container's eth0."""
     batch(
         A,
         """

@@ -31,7 +31,7 @@ def splicer(tmp_path: Path) -> Iterator[Splicer]:
 def connection(
     family: socket.AddressFamily, server: str, bound_to: str = ""
 ) -> tuple[socket.socket, socket.socket]:
-    """A TCP connection from spt-b to spt-a; the server's side may be bound to a device."""
+    """A TCP connection from B to A; the server's side may be bound to a device."""
     with Netns(lab.A) as netns, netns.entered():
         listener = socket.socket(family, socket.SOCK_STREAM)
     if bound_to:
