@@ -187,11 +187,10 @@ enum owner { OWNER_KERNEL = 0, OWNER_BUSY = 1, OWNER_PYTHON = 2, OWNER_CLOSED = 
 #define WORD_OWNER(word) ((__u32)((word) >> 32) & 3)
 #define WORD_PUNTS(word) ((__u32)((word) >> 34))
 
-/* Sequence numbers [from, to) that pass uninspected; from == to: none. */
-struct window {
-	__u32 from;
-	__u32 to;
-};
+/* Sequence numbers [from, to) that pass uninspected; from == to: none. One word, so that it is read whole. */
+#define WINDOW(from, to) ((__u64)(__u32)(from) | (__u64)(__u32)(to) << 32)
+#define WINDOW_FROM(window) ((__u32)(window))
+#define WINDOW_TO(window) ((__u32)((window) >> 32))
 
 /* One direction of an inspected flow. On the client's half `record` is the last accepted message's bytes.
  * On the server's half it is the beginning of the answer that begins at record_seq: there the kernel fills
@@ -203,7 +202,7 @@ struct half {
 	__u64 remaining; /* the dissector's state at `next`: bytes of body or chunk still to come after `next` */
 	__u32 mode;      /* the dissector's state at `next`, see parsers/http1.py */
 	__u32 acked;     /* what the other end has acknowledged of this half, never beyond next */
-	struct window windows[WINDOWS_MAX];
+	__u64 windows[WINDOWS_MAX];
 	__u32 window_at; /* which of them is written next */
 	__u32 record_seq;
 	__u16 record_len;
@@ -254,7 +253,8 @@ struct flow7_command {
 	__u32 next;
 	__u32 mode;
 	__u64 remaining;
-	struct window window;
+	__u32 window_from;
+	__u32 window_to;
 	__u32 record_seq;
 	__u16 record_len;
 	__u16 pad;

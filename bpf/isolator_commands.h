@@ -14,11 +14,14 @@ static __always_inline void commit_record(struct half *half, struct flow7_comman
 	__u64 *to = (__u64 *)half->record;
 	unsigned int i;
 
-	half->record_len = 0; /* none, while it is written: a retransmission then goes to Python */
+	WRITE_ONCE(half->record_len, 0); /* none, while it is written: a retransmission then goes to Python */
+	fence(half);
 #pragma unroll
 	for (i = 0; i < sizeof(half->record) / 8; i++) /* the context takes fixed offsets alone */
 		to[i] = from[i];
-	half->record_seq = c->record_seq;
+	fence(half);
+	WRITE_ONCE(half->record_seq, c->record_seq);
+	fence(half);
 	half->record_len = c->record_len <= RECORD_MAX ? c->record_len : 0;
 }
 
@@ -31,8 +34,8 @@ static __always_inline __u32 commit(struct half *half, struct half *other, struc
 		return FLOW7_STALE;
 	if (c->flags & COMMIT_RECORD)
 		commit_record(half, c);
-	if (c->flags & COMMIT_WINDOW && c->window.to - c->window.from <= WINDOW_BYTES_MAX) {
-		half->windows[half->window_at & (WINDOWS_MAX - 1)] = c->window;
+	if (c->flags & COMMIT_WINDOW && c->window_to - c->window_from <= WINDOW_BYTES_MAX) {
+		WRITE_ONCE(half->windows[half->window_at & (WINDOWS_MAX - 1)], WINDOW(c->window_from, c->window_to));
 		half->window_at++;
 	}
 	if (c->flags & COMMIT_MARK) {

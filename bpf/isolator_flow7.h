@@ -150,18 +150,25 @@ __noinline int equals_record(struct half *half, struct payload_copy *copy, __u32
 	return 1;
 }
 
-/* R5, the record: 1 equal, 0 different, -1 not wholly covered. */
+/* R5, the record: 1 equal, 0 different, -1 not wholly covered, or replaced while it was read: a new record has
+ * another record_seq, and record_len is 0 while its bytes are written (commit_record). */
 static __always_inline int compare_record(struct __sk_buff *skb, struct half *client, const struct packet *p, __u32 start)
 {
-	__u32 zero = 0, at = start - client->record_seq, skip = start - p->seq, length = p->payload - skip;
+	__u32 record_seq = READ_ONCE(client->record_seq), record_len = READ_ONCE(client->record_len);
+	__u32 zero = 0, at = start - record_seq, skip = start - p->seq, length = p->payload - skip;
 	struct payload_copy *copy;
+	int equal;
 
-	if (at > RECORD_MAX || length > RECORD_MAX || at + length > client->record_len || length == 0)
+	if (at > RECORD_MAX || length > RECORD_MAX || at + length > record_len || length == 0)
 		return -1;
 	copy = bpf_map_lookup_elem(&payload_scratch, &zero);
 	if (!copy || bpf_skb_load_bytes(skb, p->payload_at + skip, copy->bytes, length))
 		return -1;
-	return equals_record(client, copy, at, length);
+	equal = equals_record(client, copy, at, length);
+	fence(client);
+	if (READ_ONCE(client->record_seq) != record_seq || READ_ONCE(client->record_len) != record_len)
+		return -1;
+	return equal;
 }
 
 static __always_inline int in_window(const struct half *client, __u32 start, __u32 end)
@@ -170,10 +177,10 @@ static __always_inline int in_window(const struct half *client, __u32 start, __u
 
 #pragma unroll
 	for (i = 0; i < WINDOWS_MAX; i++) {
-		const struct window *w = &client->windows[i];
-		__u32 size = w->to - w->from;
+		__u64 w = READ_ONCE(client->windows[i]);
+		__u32 size = WINDOW_TO(w) - WINDOW_FROM(w);
 
-		if (size && start - w->from < size && end - w->from <= size)
+		if (size && start - WINDOW_FROM(w) < size && end - WINDOW_FROM(w) <= size)
 			return 1;
 	}
 	return 0;
@@ -246,6 +253,43 @@ static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, s
 	return step;
 }
 
+#define CSUM_STEP 512 /* bpf_csum_diff takes no more at once before 6.14 */
+
+/* Whether a segment's TCP checksum is finished and wrong. Unfinished ones (CHECKSUM_PARTIAL) hold the pseudo
+ * header's sum, and all that is longer than the scratch, being GSO, is such. */
+static __noinline int checksum_is_wrong(struct __sk_buff *skb, const struct packet *p)
+{
+	struct payload_copy *copy;
+	__u32 zero = 0, length, i;
+	__u16 check;
+	__s64 sum;
+
+	if (!p)
+		return 0;
+	length = p->payload_at - p->l4 + p->payload;
+	copy = bpf_map_lookup_elem(&payload_scratch, &zero);
+	if (!copy || length < 20 || length > RECORD_MAX || bpf_skb_load_bytes(skb, p->l4, copy->bytes, length))
+		return 0;
+	check = *(__u16 *)(copy->bytes + 16);
+	sum = pseudo_sum(p, length);
+	if (check == sum)
+		return 0;
+	__builtin_memset(copy->bytes + length, 0, 3);
+	length = (length + 3) & ~3u;
+#pragma unroll
+	for (i = 0; i < RECORD_MAX; i += CSUM_STEP) {
+		__u32 part = length - i < CSUM_STEP ? length - i : CSUM_STEP;
+
+		if (i >= length)
+			break;
+		sum = bpf_csum_diff(0, 0, (__be32 *)(copy->bytes + i), part, sum);
+	}
+	sum = (sum & 0xffff) + ((__u64)sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum != 0xffff;
+}
+
 /* One packet of an inspected flow. */
 static __always_inline int inspect(struct __sk_buff *skb, struct flow7 *f, const struct packet *p, int direction)
 {
@@ -260,6 +304,8 @@ static __always_inline int inspect(struct __sk_buff *skb, struct flow7 *f, const
 		return on_syn(f, client, server, p, from);
 	if (!(f->state & FLOW7_LIVE)) /* a refusal, or an end that gives up */
 		return p->flags & TCP_RST && !p->payload ? STEP_FORWARD : STEP_DROP | REASON_TCP_STATE;
+	if (p->flags & (TCP_FIN | TCP_RST) && checksum_is_wrong(skb, p)) /* what no receiver believes ends nothing */
+		return STEP_DROP | REASON_BAD_CHECKSUM;
 	return from ? from_client(skb, f, client, p) : from_server(skb, f, client, server, p);
 }
 

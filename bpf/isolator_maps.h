@@ -7,6 +7,10 @@
 #include <bpf/bpf_helpers.h>
 #include "isolator.h"
 
+/* One load, one store. */
+#define READ_ONCE(x) (*(const volatile typeof(x) *)&(x))
+#define WRITE_ONCE(x, value) (*(volatile typeof(x) *)&(x) = (value))
+
 #define MAP(kind, name, key_type, value_type, entries, flags) \
 	struct {                                              \
 		__uint(type, kind);                           \
@@ -35,6 +39,12 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, DOORBELL_BYTES);
 } doorbell SEC(".maps");
+
+/* What stands before it happens before what stands behind it, on every CPU: a compare-and-swap is a full barrier. */
+static __always_inline void fence(struct half *half)
+{
+	__sync_val_compare_and_swap(&half->word, 0, 0);
+}
 
 static __always_inline struct control *the_control(void)
 {

@@ -269,6 +269,21 @@ static __always_inline int read_packet(void *data, void *end, struct packet *p, 
 	return REASON_ETHERTYPE;
 }
 
+/* The one's complement sum of TCP's pseudo header (RFC 9293 section 3.1), folded. A mapped address's
+ * prefix, ffff, adds nothing to it. */
+static __always_inline __u16 pseudo_sum(const struct packet *p, __u32 length)
+{
+	__s64 sum;
+
+	sum = bpf_csum_diff(0, 0, (__be32 *)p->source, 16, bpf_htonl(length));
+	sum = bpf_csum_diff(0, 0, (__be32 *)p->destination, 16, sum);
+	sum += bpf_htons(IPPROTO_TCP);
+	sum = (sum & 0xffff) + ((__u64)sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum;
+}
+
 static __always_inline void flow_key_of(struct flow_key *key, const struct packet *p, __u32 endpoint, int direction)
 {
 	key->endpoint = endpoint;

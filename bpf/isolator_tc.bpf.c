@@ -192,21 +192,6 @@ static __noinline int check_icmp_error(struct __sk_buff *skb, const struct port 
 	return f7 && !(f7->flags & FLOW_DENIED) ? REASON_NONE : REASON_ICMP_UNRELATED;
 }
 
-/* The one's complement sum of TCP's pseudo header (RFC 9293 section 3.1), folded. A mapped address's
- * prefix, ffff, adds nothing to it. */
-static __always_inline __u16 pseudo_sum(const struct packet *p, __u32 length)
-{
-	__s64 sum;
-
-	sum = bpf_csum_diff(0, 0, (__be32 *)p->source, 16, bpf_htonl(length));
-	sum = bpf_csum_diff(0, 0, (__be32 *)p->destination, 16, sum);
-	sum += bpf_htons(IPPROTO_TCP);
-	sum = (sum & 0xffff) + ((__u64)sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return sum;
-}
-
 /* R4: the header goes on without its payload. A checksum still to be completed (CHECKSUM_PARTIAL) holds
  * the pseudo header's sum; any other one is made anew. */
 static __noinline int cut_payload(struct __sk_buff *skb, const struct packet *p)
@@ -284,8 +269,11 @@ static __always_inline int renew_flow7(struct flow7 *f, const struct flow_key *k
 	f->rule = d.rule;
 	f->identity = d.identity;
 	if (d.verdict == VERDICT_INSPECT) {
-		if (f->flags & FLOW_PLAIN && !(d.flags & (POLICY_FAIL_OPEN | POLICY_TRIAL)))
-			return PUNT_STATE_LOST;
+		if (f->flags & FLOW_PLAIN) {
+			if (!(d.flags & (POLICY_FAIL_OPEN | POLICY_TRIAL)))
+				return PUNT_STATE_LOST;
+			f->flags |= FLOW_PASSED_OPEN;
+		}
 		f->profile = d.profile;
 		f->flags &= ~(FLOW_DENIED | FLOW_FAIL_OPEN);
 		if (d.flags & POLICY_FAIL_OPEN)
@@ -476,23 +464,24 @@ static __noinline int flow(struct __sk_buff *skb, struct context *c, const struc
 	return new_flow(skb, c, port, &key, p, f4, multicast);
 }
 
-static __always_inline int classify(struct __sk_buff *skb, const struct port *port, struct context *c)
+/* `none`: the flow of a frame that belongs to none. */
+static __always_inline int classify(struct __sk_buff *skb, const struct port *port, struct context *c,
+				    const struct flow_key *none)
 {
 	struct packet p = {.length = skb->len};
-	struct flow_key none = {.endpoint = port->endpoint};
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	struct ethhdr *eth = data;
 	int reason, multicast;
 
 	if (skb->vlan_present)
-		return drop(c, &none, REASON_VLAN);
+		return drop(c, none, REASON_VLAN);
 	if (data + sizeof(*eth) > end)
-		return drop(c, &none, REASON_MALFORMED);
+		return drop(c, none, REASON_MALFORMED);
 	multicast = is_multicast_mac(eth->h_dest);
 	if (c->direction == EGRESS && !same_mac(eth->h_source, port->mac))
-		return drop(c, &none, REASON_FOREIGN_MAC);
+		return drop(c, none, REASON_FOREIGN_MAC);
 	if (c->direction == INGRESS && !multicast && !same_mac(eth->h_dest, port->mac))
-		return drop(c, &none, REASON_FOREIGN_DESTINATION);
+		return drop(c, none, REASON_FOREIGN_DESTINATION);
 	reason = read_packet(data, end, &p, skb->gso_size != 0);
 	if (!reason && p.kind == KIND_ARP)
 		reason = check_arp(skb, port);
@@ -502,7 +491,7 @@ static __always_inline int classify(struct __sk_buff *skb, const struct port *po
 		reason = check_icmp_error(skb, port, &p);
 	else if (!reason)
 		return flow(skb, c, port, &p, multicast);
-	return reason ? drop(c, &none, reason) : forward(port, multicast);
+	return reason ? drop(c, none, reason) : forward(port, multicast);
 }
 
 SEC("tc")
@@ -520,7 +509,8 @@ int isolator_tc(struct __sk_buff *skb)
 	c.generation = control->generation;
 	if ((long)skb->data + headers > (long)skb->data_end && bpf_skb_pull_data(skb, headers))
 		return drop(&c, &none, REASON_MALFORMED);
-	return classify(skb, port, &c);
+	none.endpoint = port->endpoint;
+	return classify(skb, port, &c, &none);
 }
 
 SEC("tc")

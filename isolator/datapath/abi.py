@@ -93,7 +93,7 @@ FLOW7 = Layout(
 FLOW7_COMMAND = Layout(
     "flow7_command",
     key=f"{FLOW_KEY_SIZE}s", op="B", direction="B", flags="B", owner="B", incarnation="I", expect_next="I",
-    next="I", mode="I", remaining="Q", window="2I", record_seq="I", record_len="H", pad="2x",
+    next="I", mode="I", remaining="Q", window_from="I", window_to="I", record_seq="I", record_len="H", pad="2x",
     result="I", acked="I", other_next="I", other_record_len="I", record=f"{RECORD_MAX + 4}s",
 )  # fmt: skip
 ENDPOINT = Layout("endpoint", flows7="I", flows7_max="I")

@@ -11,11 +11,11 @@ import pytest
 from scapy.layers.inet import IP, TCP
 
 from isolator.core.model import Direction, DropReason, FlowFlag, Owner
-from isolator.datapath.abi import HALF_FIN, HALF_RST, RECORD_MAX, WINDOW_BYTES_MAX
+from isolator.datapath.abi import HALF_FIN, HALF_RST, POLICY_FAIL_OPEN, RECORD_MAX, WINDOW_BYTES_MAX
 from isolator.datapath.flow7 import Outcome
 from tests.bpf.bench import ALLOW, DROP, INSPECT, POLICY, Bench, Entry, gso, key_of
 from tests.bpf.conversation import HEAD, SERVER_ISN, Conversation
-from tests.bpf.frames import checksums_are_right, inbound, tcp
+from tests.bpf.frames import checksums_are_right, inbound, outbound, tcp
 
 pytestmark = pytest.mark.root
 INGRESS, EGRESS = Direction.INGRESS, Direction.EGRESS
@@ -399,6 +399,19 @@ def test_a_fin_inside_the_record_truncates_nothing(c: Conversation, at: int, dat
     assert c.client("FA", c.at(at), S, data).where in ("punt", "drop")
 
 
+@pytest.mark.parametrize("flags", ["FA", "R", "RA", "FPA"])
+def test_what_no_receiver_believes_ends_nothing(c: Conversation, flags: str) -> None:
+    c.allow_head()
+    data = HEAD if "P" in flags else b""
+    forged = tcp(1000, 80, flags, c.at(END - len(data)), S, chksum=0xBEEF) / data
+    assert str(c.b.from_network(inbound(forged))) == "drop BAD_CHECKSUM"
+    forged = tcp(80, 1000, flags, S, c.at(END), chksum=0xBEEF) / data
+    assert str(c.b.from_container(outbound(forged))) == "drop BAD_CHECKSUM"
+    assert c.half.flags == c.flow.server.flags == 0
+    assert str(c.client(flags, c.at(END - len(data)), S, data)) == "container"
+    assert c.half.flags == (HALF_RST if "R" in flags else HALF_FIN)
+
+
 # -- the answers -----------------------------------------------------------------------------------------
 
 
@@ -476,6 +489,14 @@ def test_a_live_flow_is_released_and_cannot_be_taken_back(c: Conversation) -> No
     assert str(c.client("PA", c.start, S, b"SSH-2.0")) == "container"
     c.b.policy(with_port_80(Entry(INGRESS, INSPECT, 6, 80, 2, profile=6)))
     assert str(c.client("PA", c.at(7), S, HEAD)) == "punt STATE_LOST"
+
+
+def test_a_released_flow_may_go_on_where_policy_fails_open_and_is_marked(c: Conversation) -> None:
+    c.b.policy(with_port_80(Entry(INGRESS, ALLOW, 6, 80, 2)))
+    assert str(c.client("PA", c.start, S, b"SSH-2.0")) == "container"
+    c.b.policy(with_port_80(Entry(INGRESS, INSPECT, 6, 80, 2, profile=6, flags=POLICY_FAIL_OPEN)))
+    assert str(c.client("PA", c.at(7), S, HEAD)) == "container"
+    assert c.flow.flags & FlowFlag.PASSED_OPEN
 
 
 def test_another_profile(c: Conversation) -> None:
