@@ -8,6 +8,7 @@ of theirs through.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -267,7 +268,7 @@ class Client:
     def _honestly(self) -> None:
         """Cuts as it likes, loses and repeats segments, reorders; never changes a byte."""
         cuts = sorted({0, len(self.stream), *(self.dice.randrange(len(self.stream)) for _ in range(6))})
-        parts = list(zip(cuts, cuts[1:], strict=False))
+        parts = list(itertools.pairwise(cuts))
         for _ in range(6):
             for start, end in self.dice.sample(parts, len(parts)):
                 self.send(start, self.stream[start:end])
