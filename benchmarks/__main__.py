@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from isolator.demo import ALLOWED, API, DENIED, PREFIX, Lab, run, wait_for
-from isolator.demo import STATE as STATE_DIR
+from isolator.lab import ALLOWED, API, DENIED, PREFIX, STATE, Lab, run, wait_for
 
 ROUNDS = 3
 SECONDS = 2
@@ -89,7 +88,7 @@ import http.client, sys, time
 host, port, size, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) << 20, int(sys.argv[4])
 body, peer, began = bytes(size), http.client.HTTPConnection(host, port, timeout=60), time.perf_counter()
 for _ in range(count):
-    peer.request("POST", "/upload", body, {"Host": "api"})
+    peer.request("POST", "/upload?sink", body, {"Host": "api"})
     answer = peer.getresponse()
     assert answer.status == 200, answer.status
     answer.read()
@@ -140,9 +139,7 @@ def system(lab: Lab, name: str) -> Iterator[tuple[str, str]]:
         yield direct
     finally:
         command = [sys.executable, "-m", "isolator.cli", "restore", "--all"]
-        subprocess.run(
-            [*command, "--socket", str(STATE_DIR / "isolator.sock")], capture_output=True, check=True
-        )
+        subprocess.run([*command, "--socket", str(STATE / "isolator.sock")], capture_output=True, check=True)
         lab.stop_agent(15)
 
 
@@ -204,7 +201,7 @@ def quick() -> list[dict[str, str | float]]:
     with Lab(Path("/tmp") / f"{PREFIX}-bench", "off") as lab:
         (lab.root / "nginx.conf").write_text(
             re.sub(
-                r"access_log \S+;",
+                r"access_log [^;]+;",
                 "access_log off; keepalive_requests 100000000;",
                 (lab.root / "nginx.conf").read_text(),
             )
