@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from isolator.lab import ALLOWED, API, DENIED, PREFIX, STATE, Lab, run, wait_for
 
 ROUNDS = 3
 SECONDS = 2
+IDLE_SECONDS = 5
 HAPROXY_PORT = 8000
 HAPROXY = f"""\
 global
@@ -46,6 +49,7 @@ backend uploads
   server api {API}:8081
 """
 
+Row = dict[str, str | float | None]
 Measure = Callable[[Lab, str, str], float]  # the lab, base URL for requests, base URL for uploads → a figure
 
 
@@ -108,12 +112,35 @@ def found(pattern: str, text: str) -> float:
     return float(match[1])
 
 
+def resident(lab: Lab, base: str, upload: str) -> float:
+    """MB of memory that the agent holds, after all of the above."""
+    assert lab.agent is not None
+    status = Path(f"/proc/{lab.agent.pid}/status").read_text()
+    return found(r"VmRSS:\s+([0-9]+) kB", status) / 1000
+
+
+def idle_cpu(lab: Lab, base: str, upload: str) -> float:
+    """% of one CPU that the agent takes without traffic."""
+    assert lab.agent is not None
+    before = cpu_seconds(lab.agent.pid)
+    time.sleep(IDLE_SECONDS)
+    return 100 * (cpu_seconds(lab.agent.pid) - before) / IDLE_SECONDS
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time (proc(5), /proc/<pid>/stat, fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 SUITES: dict[str, tuple[str, str, Measure, tuple[str, ...]]] = {
     "bulk": ("throughput", "Gbit/s", bulk, ("direct", "isolator")),
     "http": ("requests", "1/s", requests_per_second, ("direct", "isolator", "haproxy")),
     "latency": ("p50", "us", median_latency, ("direct", "isolator", "haproxy")),
     "upload": ("throughput", "MB/s", upload_rate, ("direct", "isolator", "haproxy")),
     "posts": ("throughput", "MB/s", post_rate, ("direct", "isolator", "haproxy")),
+    "memory": ("resident", "MB", resident, ("isolator",)),
+    "idle": ("cpu", "%", idle_cpu, ("isolator",)),
 }
 
 
@@ -178,12 +205,13 @@ def measure(lab: Lab) -> dict[tuple[str, str], list[float]]:
     return figures
 
 
-def rows(figures: dict[tuple[str, str], list[float]]) -> list[dict[str, str | float]]:
+def rows(figures: dict[tuple[str, str], list[float]]) -> list[Row]:
     """Medians; `ratio_to_direct` is the median of the rounds' own ratios."""
-    told: list[dict[str, str | float]] = []
+    told: list[Row] = []
     for (suite, name), values in figures.items():
         metric, unit, _, _ = SUITES[suite]
-        ratios = [value / direct for value, direct in zip(values, figures[suite, "direct"], strict=True)]
+        direct = figures.get((suite, "direct"))
+        ratios = [value / base for value, base in zip(values, direct, strict=True)] if direct else None
         told.append(
             {
                 "suite": suite,
@@ -191,13 +219,13 @@ def rows(figures: dict[tuple[str, str], list[float]]) -> list[dict[str, str | fl
                 "metric": metric,
                 "value": round(statistics.median(values), 3),
                 "unit": unit,
-                "ratio_to_direct": round(statistics.median(ratios), 3),
+                "ratio_to_direct": round(statistics.median(ratios), 3) if ratios else None,
             }
         )
     return sorted(told, key=lambda row: list(SUITES).index(str(row["suite"])))
 
 
-def quick() -> list[dict[str, str | float]]:
+def quick() -> list[Row]:
     with Lab(Path("/tmp") / f"{PREFIX}-bench", "off") as lab:
         (lab.root / "nginx.conf").write_text(
             re.sub(
@@ -232,7 +260,7 @@ def main() -> int:
     for row in told:
         print(
             f"{row['suite']:<9} {row['system']:<9} {row['metric']:<11} {row['value']:>12} {row['unit']:<7}"
-            f" {row['ratio_to_direct']:>9}"
+            f" {row['ratio_to_direct'] or '-':>9}"
         )
     return 0
 
