@@ -24,7 +24,7 @@ import httptools  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from parsers.checksum import Octets
 from parsers.errors import DissectError, HttpAmbiguous, HttpMalformed, HttpTooLong, NotHttp
-from parsers.path import normalise
+from parsers.path import readings
 
 HEAD_MAX = 16384  # bytes of a head: twice what common servers take
 HEADERS_MAX = 100  # fields of a head, as many as common servers take
@@ -41,14 +41,19 @@ _REQUEST_LINE = re.compile(rf"({_TOKEN}) ([\x21-\x7e]+) HTTP/1\.([01])".encode()
 # RFC 9112 section 4: status-line = HTTP-version SP status-code SP [ reason-phrase ]
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [\t\x20-\x7e\x80-\xff]*)?")
 # RFC 9112 section 5: field-name ":" OWS field-value OWS; RFC 9110 section 5.5: no control characters in a value
-_FIELD = re.compile(rf"({_TOKEN}):[\t ]*([\t\x20-\x7e\x80-\xff]*?)[\t ]*".encode())
+_FIELD = re.compile(rf"({_TOKEN}):([\t\x20-\x7e\x80-\xff]*)".encode())  # OWS is stripped: linear in any case
 # RFC 9112 section 7.1: chunk-size [ chunk-ext ]; extensions are read over, if they are printable
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]+)(?:[\t ]*;[\t\x20-\x7e]*)?")
 _BEGINNING = re.compile(rf"{_TOKEN}(?: |\Z)".encode())
 _DIGITS = re.compile(r"[0-9]+")
 # RFC 9110 section 7.2: Host = uri-host [ ":" port ], without user information
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]+)(?::([0-9]{1,5}))?")
+# without empty labels; a dot at the end is the root's
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_~-]+(?:\.[A-Za-z0-9_~-]+)*\.?)(?::([0-9]{1,5}))?")
 _NO_TRAILER = frozenset({"content-length", "transfer-encoding", "host", "trailer", "connection"})
+# Servers differ in whether these have a body (RFC 9110 section 9.3): for some, its bytes are the next request.
+_BODILESS = frozenset({"GET", "HEAD", "CONNECT", "TRACE"})
+# CGI and its heirs take `_` and `-` for the same (RFC 3875 section 4.1.18).
+_FRAMING_LOOKALIKES = frozenset({"content_length", "transfer_encoding"})
 _METHOD_MAX = 32
 
 
@@ -75,11 +80,13 @@ Headers = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request's head. `path` is normalised for the decision; `target` and `raw_path` stand as on the wire."""
+    """A request's head. `path` is normalised for the decision, `readings` what else servers could make of it;
+    `target` and `raw_path` stand as on the wire."""
 
     method: str
     target: str
     path: str
+    readings: tuple[str, ...]
     raw_path: str
     host: str | None
     port: int | None
@@ -142,7 +149,7 @@ def _fields(lines: list[bytes]) -> Headers:
             if line[:1] in (b" ", b"\t"):
                 raise HttpAmbiguous("a folded header line")
             raise HttpMalformed("a header line against the grammar")
-        found.append((match[1].decode("ascii").lower(), match[2].decode("latin-1")))
+        found.append((match[1].decode("ascii").lower(), match[2].strip(b"\t ").decode("latin-1")))
     return tuple(found)
 
 
@@ -152,6 +159,8 @@ def _values(headers: Headers, name: str) -> list[str]:
 
 def _framing(headers: Headers, version: tuple[int, int]) -> tuple[int | None, bool]:
     """Content-Length and whether it is chunked (RFC 9112 sections 6.1 to 6.3)."""
+    if any(name in _FRAMING_LOOKALIKES for name, _ in headers):
+        raise HttpAmbiguous("a header that some servers take for one that frames the body")
     lengths, encodings = _values(headers, "content-length"), _values(headers, "transfer-encoding")
     if encodings:
         if lengths:
@@ -194,15 +203,15 @@ def _host(headers: Headers, version: tuple[int, int]) -> tuple[str | None, int |
     return _authority(hosts[0]) if hosts[0] else (None, None)
 
 
-def _target(method: str, target: str, host: tuple[str | None, int | None]) -> tuple[str, str]:
-    """(raw path, normalised path) of a request-target in one of its four forms (RFC 9112 section 3.2)."""
+def _target(method: str, target: str, host: tuple[str | None, int | None]) -> tuple[str, tuple[str, ...]]:
+    """Raw path and its readings, of a request-target in one of its four forms (RFC 9112 section 3.2)."""
     if method == "CONNECT":
         _authority(target)
-        return target, target
+        return target, (target,)
     if target == "*":
         if method != "OPTIONS":
             raise HttpMalformed("* as the target of something other than OPTIONS")
-        return target, target
+        return target, (target,)
     raw = target
     if not target.startswith("/"):
         scheme, separator, rest = target.partition("://")
@@ -212,7 +221,7 @@ def _target(method: str, target: str, host: tuple[str | None, int | None]) -> tu
         if "?" in authority or _authority(authority) != host:
             raise HttpAmbiguous("a target whose host is not the Host header's")
         raw = slash + tail or "/"
-    return raw.partition("?")[0], normalise(raw)
+    return raw.partition("?")[0], readings(raw)
 
 
 def _upgrade(headers: Headers) -> str | None:
@@ -252,15 +261,15 @@ def parse_request(head: bytes) -> Request:
     headers = _fields(lines[1:])
     body, chunked = _framing(headers, version)
     host = _host(headers, version)
-    raw_path, path = _target(method, target, host)
-    if method == "CONNECT" and (body or chunked):
-        raise HttpAmbiguous("CONNECT with a body")
+    raw_path, (path, *others) = _target(method, target, host)
+    if method in _BODILESS and (body or chunked):
+        raise HttpAmbiguous(f"{method} with a body")
     _second_opinion(head)
     expect = [value.lower() for value in _values(headers, "expect")]
     if any(value != "100-continue" for value in expect):
         raise HttpMalformed("an expectation nobody knows")
     return Request(
-        method, target, path, raw_path, *host, headers, version,
+        method, target, path, tuple(others), raw_path, *host, headers, version,
         _upgrade(headers), bool(expect), _keeps_alive(headers, version), body, chunked,
     )  # fmt: skip
 

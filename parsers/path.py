@@ -1,6 +1,7 @@
 """A request's path as rules see it (RFC 3986 sections 6.2.2 and 5.2.4).
 
-For the decision only: the bytes go on unchanged. What servers are known to read in different ways is rejected.
+For the decision only: the bytes go on unchanged. What servers are known to read in different ways is rejected, or,
+where each way gives a path, given in all of them: an allow rule has to match every one, a deny rule any.
 """
 
 from __future__ import annotations
@@ -21,16 +22,29 @@ def normalise(raw: str | bytes) -> str:
     Raises HttpAmbiguous for an encoded slash or percent sign, a backslash, control characters, escapes that are no
     UTF-8, a broken escape, a fragment, a dot segment that leaves the root or hides behind a parameter.
     """
+    return readings(raw)[0]
+
+
+def readings(raw: str | bytes) -> tuple[str, ...]:
+    """The path as `normalise` has it, then what else servers make of it; most paths have one reading alone.
+
+    Some route by the path as it came, some resolve dot segments and leave double slashes, and some take what
+    stands behind two slashes at the beginning for a host (RFC 3986 section 4.2). Raises as `normalise` does.
+    """
     text = raw.decode("latin-1") if isinstance(raw, bytes) else raw
     path = text.partition("?")[0]
     if _PLAIN.match(path):
-        return path
+        return (path,)
     if not path.startswith("/"):
         raise HttpAmbiguous("a path that does not begin with a slash")
     for character in "\\#":
         if character in path:
             raise HttpAmbiguous(f"{character!r} in the path")
-    return _resolve(_decode(path))
+    decoded = _decode(path)
+    found = [_resolve(decoded), decoded, _without_dots(decoded)]
+    if decoded.startswith("//"):
+        found += readings("/" + path[2:].partition("/")[2])
+    return tuple(dict.fromkeys(found))
 
 
 def _decode(path: str) -> str:
@@ -71,3 +85,15 @@ def _resolve(path: str) -> str:
         elif segment not in ("", "."):
             kept.append(segment)
     return "/" + "/".join(kept) + ("/" if kept and last in ("", ".", "..") else "")
+
+
+def _without_dots(path: str) -> str:
+    """RFC 3986 section 5.2.4 to the letter: an empty segment is a segment."""
+    kept: list[str] = []
+    segments = path.split("/")[1:]
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    return "/" + "/".join(kept) + ("/" if kept and segments[-1] in (".", "..") else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from parsers.checksum import Octets
 from parsers.errors import HeldFull, OutOfWindow, Overlap
 
+PIECES_MAX = 64  # behind holes; each new segment is compared with all of them
 RECORD_MAX = 1 << 20  # bytes that a Record keeps at most; who appends looks at its length before
 
 _MASK = 0xFFFFFFFF
@@ -53,6 +54,8 @@ class Reassembler:
                 raise OutOfWindow(f"{at} bytes ahead")
             raise HeldFull(f"more than {self.held_max} bytes would have to wait")
         self._check(at, piece)
+        if at > len(self.data) and len(self._pieces) >= PIECES_MAX:
+            raise HeldFull(f"more than {PIECES_MAX} pieces would have to wait")
         self._add(at, piece)
 
     def _parts(self) -> list[tuple[int, bytes]]:

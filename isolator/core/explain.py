@@ -27,7 +27,7 @@ from isolator.core.policy import (
     weigh,
 )
 from parsers.errors import DissectError
-from parsers.path import normalise
+from parsers.path import readings
 
 WORLD = "world"
 TCP_OR_UDP = (PROTOCOLS["tcp"], UDP)
@@ -39,10 +39,12 @@ class QuestionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request made up for the question. `path` normalised; `headers` with lower-case names."""
+    """A request made up for the question. `path` normalised, `readings` what else it may be; `headers` with
+    lower-case names."""
 
     method: str
     path: str
+    readings: tuple[str, ...] = ()
     host: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -174,12 +176,12 @@ def requested(question: Question) -> Asked | None:
     if question.method is None:
         return None
     try:
-        path = question.path if targets_no_path(question) else normalise(question.path.encode())
+        path, *others = (question.path,) if targets_no_path(question) else readings(question.path.encode())
     except DissectError as error:
         raise QuestionError(f"{question.path}: every such request is refused: {error}") from error
     headers = tuple((name.lower(), value) for name, value in question.headers.items())
     host = question.host or next((value for name, value in headers if name == "host"), None)
-    return Asked(question.method, path, without_port(host.lower()) if host else None, headers)
+    return Asked(question.method, path, tuple(others), without_port(host.lower()) if host else None, headers)
 
 
 def targets_no_path(question: Question) -> bool:

@@ -157,6 +157,8 @@ class HttpRequest(Protocol):
     @property
     def path(self) -> str: ...
     @property
+    def readings(self) -> tuple[str, ...]: ...
+    @property
     def host(self) -> str | None: ...
     @property
     def headers(self) -> tuple[tuple[str, str], ...]: ...
@@ -189,21 +191,30 @@ class HttpRule:
                 return "method (CONNECT has to be named)"
         elif request.method not in self.methods:
             return "method"
-        if self.path is not None and not matches_path(self.path, request.path, widest):
+        if self.path is not None and not matches_path(self.path, request, widest):
             return "path"
-        if self.hosts and not self._matches_host(request.host):
+        if self.hosts and not self._matches_host(request.host, widest):
             return "host"
         for name, wanted in self.headers:
             if not matches_header(request, name, wanted, widest):
                 return f"header {name}"
         return None
 
-    def _matches_host(self, host: str | None) -> bool:
-        return host is not None and any(pattern.matches(host) for pattern in self.hosts)
+    def _matches_host(self, host: str | None, widest: bool) -> bool:
+        """Without a host the server takes the one that it likes."""
+        return widest if host is None else any(pattern.matches(host) for pattern in self.hosts)
 
 
-def matches_path(pattern: PathPattern, path: str, widest: bool) -> bool:
-    """Servers differ in what path parameters are: an allow needs both readings right, a deny one."""
+def matches_path(pattern: PathPattern, request: HttpRequest, widest: bool) -> bool:
+    """Servers differ in how they read some paths: an allow needs all readings right, a deny one."""
+    if not request.readings:
+        return matches_reading(pattern, request.path, widest)
+    found = (matches_reading(pattern, path, widest) for path in (request.path, *request.readings))
+    return any(found) if widest else all(found)
+
+
+def matches_reading(pattern: PathPattern, path: str, widest: bool) -> bool:
+    """And in what path parameters are."""
     matches, cut = pattern.matches(path), without_parameters(path)
     if cut == path:
         return matches
@@ -215,8 +226,13 @@ def matches_path(pattern: PathPattern, path: str, widest: bool) -> bool:
 
 
 def matches_header(request: HttpRequest, name: str, wanted: str | None, widest: bool) -> bool:
-    """Servers differ in which of several values they take: an allow needs all of them right, a deny one."""
-    values = [value for each, value in request.headers if each == name]
+    """Servers differ in which of several values they take: an allow needs all of them right, a deny one.
+
+    For some `_` in a name is `-` (RFC 3875 section 4.1.18), for others it is not: to have the header, an allow
+    needs it spelt as the rule has it."""
+    values = [value for each, value in request.headers if each.replace("_", "-") == name]
+    if not widest and all(each != name for each, _ in request.headers):
+        return False
     if wanted is None or not values:
         return bool(values)
     return wanted in values if widest else all(value == wanted for value in values)

@@ -126,7 +126,11 @@ class Splicer:
         """Put the splice in place, or leave everything as it was and raise SpliceError."""
         self._clear_way(request)
         with self._sides(request.netns) as (container, isolator):
-            link = self._protectable(request, container, isolator)
+            if container.netns.cookie == isolator.netns.cookie:
+                raise NotProtectableError(
+                    f"{request.name}: not protectable: {request.netns} is the isolator netns itself"
+                )
+            link = _protectable(request, container.rtnl)
             with container.netns.entered():
                 before = snapshot.take_snapshot(container.rtnl, link)
             entry = _new_entry(request, container.netns.cookie, before)
@@ -137,6 +141,11 @@ class Splicer:
                 if isinstance(error, OSError | DatapathError):
                     raise SpliceError(f"{request.name}: not spliced, all is as before: {error}") from error
                 raise
+
+    def check(self, request: SpliceRequest) -> None:
+        """Raise the SpliceError with which `splice` would refuse; changes nothing."""
+        with Netns(request.netns) as container, _rtnl_in(container) as rtnl:
+            _protectable(request, rtnl)
 
     def restore(self, name: str) -> None:
         """The exact inverse. Raises SpliceError; EndpointGoneError if the container is no more."""
@@ -234,28 +243,6 @@ class Splicer:
                             f"{request.name}: already spliced, as {entry.name}; restore it first"
                         )
                     self.restore(entry.name)
-
-    def _protectable(self, request: SpliceRequest, container: _Side, isolator: _Side) -> Link:
-        if container.netns.cookie == isolator.netns.cookie:
-            raise NotProtectableError(
-                f"{request.name}: not protectable: {request.netns} is the isolator netns itself"
-            )
-        where = f"{request.name}: {request.interface} in {request.netns}"
-        link = device.find_link(container.rtnl, request.interface)
-        if link is None:
-            have = ", ".join(other.name for other in device.all_links(container.rtnl))
-            raise InterfaceMissingError(f"{where} is missing; there are: {have}")
-        if link.kind != "veth":
-            kind = link.kind or ("loopback" if link.flags & IFF_LOOPBACK else "a physical device")
-            raise NotProtectableError(f"{where}: not protectable: {kind}, not veth")
-        for other in device.all_links(container.rtnl):
-            if other.peer == link.index and other.peer_netns is None:
-                raise NotProtectableError(
-                    f"{where}: not protectable: {other.name} stands on it or is its other end"
-                )
-            if other.index == link.master:
-                raise NotProtectableError(f"{where}: not protectable: it is a port of {other.name}")
-        return link
 
     def _prepare_restore(self, entry: Entry, container: _Side) -> Entry:
         """The interface's present state is what the original gets; its link attributes it has kept itself."""
@@ -395,6 +382,26 @@ class _Splicing:
     def _settle_ports(self) -> None:
         for index in (self.entry.container_port, self.entry.network_port):
             device.settle_carrier(self.isolator.rtnl, index)
+
+
+def _protectable(request: SpliceRequest, rtnl: Rtnl) -> Link:
+    """The interface, one end of a veth pair that nothing else stands on. `rtnl`: in its namespace."""
+    where = f"{request.name}: {request.interface} in {request.netns}"
+    link = device.find_link(rtnl, request.interface)
+    if link is None:
+        have = ", ".join(other.name for other in device.all_links(rtnl))
+        raise InterfaceMissingError(f"{where} is missing; there are: {have}")
+    if link.kind != "veth":
+        kind = link.kind or ("loopback" if link.flags & IFF_LOOPBACK else "a physical device")
+        raise NotProtectableError(f"{where}: not protectable: {kind}, not veth")
+    for other in device.all_links(rtnl):
+        if other.peer == link.index and other.peer_netns is None:
+            raise NotProtectableError(
+                f"{where}: not protectable: {other.name} stands on it or is its other end"
+            )
+        if other.index == link.master:
+            raise NotProtectableError(f"{where}: not protectable: it is a port of {other.name}")
+    return link
 
 
 def _go_live(

@@ -12,6 +12,7 @@ class Ask:
     host: str | None = "api.local"
     headers: tuple[tuple[str, str], ...] = ()
     upgrade: str | None = None
+    readings: tuple[str, ...] = ()
 
     @property
     def connect(self) -> bool:

@@ -306,9 +306,10 @@ def test_what_cannot_be_spliced_is_refused_in_one_line(
     if setup:
         lab.batch(lab.A, setup)
     before = lab.inventory()
-    with pytest.raises(error, match=message) as caught:
-        splicer.splice(SpliceRequest(*request_), lab.mirror)
-    assert "\n" not in str(caught.value)
+    for attempt in (splicer.check, lambda request: splicer.splice(request, lab.mirror)):
+        with pytest.raises(error, match=message) as caught:
+            attempt(SpliceRequest(*request_))
+        assert "\n" not in str(caught.value)
     assert unlike(before, lab.inventory()) == {}
     assert list(splicer.journal.entries()) == []
 
