@@ -10,7 +10,7 @@
 #ifndef ISOLATOR_H
 #define ISOLATOR_H
 
-#define ISOLATOR_LAYOUT 1 /* raise it with every change of a map's key or value */
+#define ISOLATOR_LAYOUT 2 /* raise it with every change of a map's key or value */
 
 /* Bounds; each has a drop reason for when it is reached. */
 #define PORTS_MAX 8192
@@ -139,6 +139,7 @@ struct policy_key {
 #define POLICY_AUDIT 1     /* recorded */
 #define POLICY_TRIAL 2     /* monitor mode: would be denied for `reason`, is allowed */
 #define POLICY_FAIL_OPEN 4 /* with the agent down, what needs Python passes */
+#define POLICY_UNREAD 8    /* what cannot be read passes: no rule that would have to read it is enforced */
 struct policy_value {
 	__u8 verdict;
 	__u8 flags;
@@ -195,6 +196,7 @@ enum owner { OWNER_KERNEL = 0, OWNER_BUSY = 1, OWNER_PYTHON = 2, OWNER_CLOSED = 
 /* One direction of an inspected flow. On the client's half `record` is the last accepted message's bytes.
  * On the server's half it is the beginning of the answer that begins at record_seq: there the kernel fills
  * it (record_len 0 → n) from the first segment that starts at record_seq. */
+#define MODE_OPAQUE 6 /* nothing that follows is read */
 #define HALF_FIN 1
 #define HALF_RST 2
 struct half {
@@ -223,12 +225,12 @@ struct flow7 {
 	__u32 generation;
 	__u32 identity;
 	__u32 pending_seq; /* of the SYN that waits */
-	__u32 incarnation; /* + 1 with each SYN-ACK that takes effect */
+	__u32 incarnation; /* + 1 with each SYN-ACK that takes effect; begins anywhere, so that no two flows share one */
 	__u8 initiator;    /* direction of the SYN; that half is inspected */
 	__u8 state;        /* FLOW7_… */
 	__u8 flags;        /* FLOW_… */
 	__u8 reason;
-	__u8 pad[4];
+	__u32 start;       /* the client's first sequence number in this incarnation */
 	struct half half[2]; /* by direction */
 };
 
@@ -241,6 +243,7 @@ enum flow7_op {
 #define COMMIT_RECORD 1 /* record[record_seq, +record_len) replaces the half's record */
 #define COMMIT_WINDOW 2 /* window is added */
 #define COMMIT_MARK 4   /* the answer begins where the other half stands now */
+#define COMMIT_FIN 8    /* the half ends at next */
 enum flow7_result { FLOW7_OK = 0, FLOW7_GONE = 1, FLOW7_STALE = 2 /* incarnation, owner or next not as expected */ };
 struct flow7_command {
 	struct flow_key key;

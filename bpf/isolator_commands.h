@@ -7,6 +7,7 @@
 #define ISOLATOR_COMMANDS_H
 
 #include "isolator_maps.h"
+#include "isolator_packet.h"
 
 static __always_inline void commit_record(struct half *half, struct flow7_command *c)
 {
@@ -25,6 +26,18 @@ static __always_inline void commit_record(struct half *half, struct flow7_comman
 	half->record_len = c->record_len <= RECORD_MAX ? c->record_len : 0;
 }
 
+/* R8: what is acknowledged needs no window any more; 4 GiB later it would match other bytes. */
+static __always_inline void retire_windows(struct half *half)
+{
+	int i;
+
+#pragma unroll
+	for (i = 0; i < WINDOWS_MAX; i++)
+		if (!after(WINDOW_TO(half->windows[i]), half->acked))
+			WRITE_ONCE(half->windows[i], 0);
+}
+
+/* With next where it was this only asks whether the flow is still the one that Python knows. */
 static __always_inline __u32 commit(struct half *half, struct half *other, struct flow7_command *c)
 {
 	__u64 word;
@@ -32,8 +45,15 @@ static __always_inline __u32 commit(struct half *half, struct half *other, struc
 
 	if (WORD_NEXT(half->word) != c->expect_next || WORD_OWNER(half->word) != OWNER_PYTHON)
 		return FLOW7_STALE;
-	if (c->flags & COMMIT_RECORD)
-		commit_record(half, c);
+	if (after(c->expect_next, c->next) || after(half->acked, c->next))
+		return FLOW7_STALE; /* backwards, or so far that old numbers would seem new */
+	if (c->next != c->expect_next) {
+		retire_windows(half);
+		if (c->flags & COMMIT_RECORD)
+			commit_record(half, c);
+		else
+			WRITE_ONCE(half->record_len, 0); /* it is another message's */
+	}
 	if (c->flags & COMMIT_WINDOW && c->window_to - c->window_from <= WINDOW_BYTES_MAX) {
 		WRITE_ONCE(half->windows[half->window_at & (WINDOWS_MAX - 1)], WINDOW(c->window_from, c->window_to));
 		half->window_at++;
@@ -46,8 +66,11 @@ static __always_inline __u32 commit(struct half *half, struct half *other, struc
 	half->remaining = c->remaining;
 	for (i = 0; i < 64; i++) { /* punts may count up meanwhile */
 		word = half->word;
-		if (__sync_val_compare_and_swap(&half->word, word, (word & ~0xffffffffull) | c->next) == word)
+		if (__sync_val_compare_and_swap(&half->word, word, (word & ~0xffffffffull) | c->next) == word) {
+			if (c->flags & COMMIT_FIN)
+				half->flags |= HALF_FIN;
 			return FLOW7_OK;
+		}
 	}
 	return FLOW7_STALE;
 }

@@ -93,7 +93,7 @@ static __always_inline int is_settled(const struct flow4 *f, const struct packet
 	if (f->generation != generation)
 		return 0;
 	if (p->protocol == IPPROTO_TCP)
-		return f->initiator == direction || !is_first_syn(p);
+		return !is_first_syn(p) || (f->initiator == direction && !(f->flags & FLOW_PASSED_OPEN));
 	if (f->initiator != direction && f->verdict != VERDICT_ALLOW)
 		return !p->opens;
 	return now - f->last_seen < IDLE_NS || f->last_seen > now;

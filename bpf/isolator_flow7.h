@@ -19,14 +19,9 @@
 #define STEP_PUNT 0x400
 #define STEP_REASON(step) ((step) & 0xff)
 
-/* Sequence numbers compare by their signed distance (RFC 9293 section 3.4). */
-static __always_inline int after(__u32 a, __u32 b)
-{
-	return (__s32)(a - b) > 0;
-}
-
+#define COPY_MAX 2048 /* a wire segment with its header, with room to spare */
 struct payload_copy {
-	__u8 bytes[RECORD_MAX + 4];
+	__u8 bytes[COPY_MAX + 4];
 };
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, flow7_scratch, __u32, struct flow7, 1, 0);
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, payload_scratch, __u32, struct payload_copy, 1, 0);
@@ -54,6 +49,7 @@ static __always_inline void incarnate(struct flow7 *f, struct half *client, stru
 	f->flags &= ~(FLOW_PASSED_OPEN | FLOW_PLAIN);
 	__sync_lock_test_and_set(&server->word, WORD(p->seq + 1, OWNER_KERNEL, 0));
 	__sync_lock_test_and_set(&client->word, WORD(p->ack, OWNER_PYTHON, 0));
+	f->start = p->ack;
 	f->incarnation++;
 	f->state = FLOW7_LIVE;
 }
@@ -68,12 +64,12 @@ static __always_inline int on_syn(struct flow7 *f, struct half *client, struct h
 	if (from_client != !(p->flags & TCP_ACK))
 		return STEP_DROP | REASON_TCP_STATE;
 	if (from_client) {
+		/* a SYN sent again opens nothing: the answer to it would move the boundary back over bytes under way */
+		if ((f->state & FLOW7_LIVE) && p->seq + 1 == f->start)
+			return STEP_FORWARD;
 		f->pending_seq = p->seq;
 		f->state |= FLOW7_PENDING;
 	} else if ((f->state & FLOW7_PENDING) && p->ack == f->pending_seq + 1) {
-		/* bytes under way: the answer to a repeated SYN must not move the boundary back over them */
-		if ((f->state & FLOW7_LIVE) && client->acked != WORD_NEXT(client->word))
-			return STEP_DROP | REASON_TCP_STATE;
 		incarnate(f, client, server, p);
 	}
 	return STEP_FORWARD;
@@ -95,8 +91,9 @@ static __always_inline void acknowledge(struct half *client, __u32 ack)
 /* The server's half moves on with its payload; the beginning of the answer is kept. */
 static __always_inline void follow_answer(struct __sk_buff *skb, struct half *server, const struct packet *p)
 {
-	__u64 word = server->word;
 	__u32 end = p->seq + p->payload, length = p->payload;
+	__u64 word;
+	int i;
 
 	if (server->record_len == 0 && p->seq == server->record_seq) {
 		if (length > RECORD_MAX)
@@ -105,8 +102,12 @@ static __always_inline void follow_answer(struct __sk_buff *skb, struct half *se
 		    !bpf_skb_load_bytes(skb, p->payload_at, server->record, length))
 			server->record_len = length;
 	}
-	if (after(end, WORD_NEXT(word)))
-		__sync_val_compare_and_swap(&server->word, word, (word & ~0xffffffffull) | end);
+	for (i = 0; i < 8; i++) { /* another CPU, or a new owner, may come in between */
+		word = server->word;
+		if (!after(end, WORD_NEXT(word)) ||
+		    __sync_val_compare_and_swap(&server->word, word, (word & ~0xffffffffull) | end) == word)
+			return;
+	}
 }
 
 static __always_inline int from_server(struct __sk_buff *skb, struct flow7 *f, struct half *client,
@@ -152,17 +153,17 @@ __noinline int equals_record(struct half *half, struct payload_copy *copy, __u32
 
 /* R5, the record: 1 equal, 0 different, -1 not wholly covered, or replaced while it was read: a new record has
  * another record_seq, and record_len is 0 while its bytes are written (commit_record). */
-static __always_inline int compare_record(struct __sk_buff *skb, struct half *client, const struct packet *p, __u32 start)
+static __always_inline int compare_record(struct __sk_buff *skb, struct half *client, const struct packet *p)
 {
 	__u32 record_seq = READ_ONCE(client->record_seq), record_len = READ_ONCE(client->record_len);
-	__u32 zero = 0, at = start - record_seq, skip = start - p->seq, length = p->payload - skip;
+	__u32 zero = 0, at = p->seq - record_seq, length = p->payload;
 	struct payload_copy *copy;
 	int equal;
 
 	if (at > RECORD_MAX || length > RECORD_MAX || at + length > record_len || length == 0)
 		return -1;
 	copy = bpf_map_lookup_elem(&payload_scratch, &zero);
-	if (!copy || bpf_skb_load_bytes(skb, p->payload_at + skip, copy->bytes, length))
+	if (!copy || bpf_skb_load_bytes(skb, p->payload_at, copy->bytes, length))
 		return -1;
 	equal = equals_record(client, copy, at, length);
 	fence(client);
@@ -199,12 +200,12 @@ static __always_inline int needs_python(struct flow7 *f, struct half *client, in
 	return STEP_PUNT | reason;
 }
 
-/* Payload of the inspected half: R4, R5, R6. */
+/* Payload of the inspected half: R4, R5, R6. What lies on both sides of `acked` is Python's to cut. */
 static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f, struct half *client,
 					  const struct packet *p)
 {
 	__u32 next = WORD_NEXT(client->word), acked = client->acked;
-	__u32 end = p->seq + p->payload, start = after(acked, p->seq) ? acked : p->seq;
+	__u32 end = p->seq + p->payload;
 	int equal;
 
 	if (!after(end, acked)) /* R4; where a FIN would then lie below `acked`, Python builds a right one */
@@ -214,9 +215,11 @@ static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f
 			return STEP_DROP | REASON_TCP_STATE;
 		return needs_python(f, client, PUNT_PAYLOAD);
 	}
-	if (in_window(client, start, end))
+	if (after(acked, p->seq))
+		return needs_python(f, client, PUNT_PAYLOAD);
+	if (in_window(client, p->seq, end))
 		return STEP_FORWARD;
-	equal = compare_record(skb, client, p, start);
+	equal = compare_record(skb, client, p);
 	if (equal == 1)
 		return STEP_FORWARD;
 	return needs_python(f, client, equal == 0 ? PUNT_MISMATCH : PUNT_PAYLOAD);
@@ -224,7 +227,7 @@ static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f
 
 static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, struct half *client, const struct packet *p)
 {
-	__u32 next = WORD_NEXT(client->word);
+	__u32 next = WORD_NEXT(client->word), end = p->seq + p->payload;
 	int step = STEP_FORWARD;
 
 	if (WORD_OWNER(client->word) == OWNER_CLOSED)
@@ -245,9 +248,9 @@ static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, s
 	else if ((p->flags & TCP_FIN) && after(p->seq, next))
 		step = needs_python(f, client, PUNT_PAYLOAD);
 	if (step == STEP_FORWARD && (p->flags & TCP_FIN)) {
-		if (after(next, p->seq + p->payload)) /* would end the message before its end */
+		if (after(next, end) && !in_window(client, end, end + 1)) /* would cut a message that was read */
 			return STEP_DROP | REASON_TCP_STATE;
-		if (p->seq + p->payload == next)
+		if (!after(end, next))
 			client->flags |= HALF_FIN;
 	}
 	return step;
@@ -255,8 +258,9 @@ static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, s
 
 #define CSUM_STEP 512 /* bpf_csum_diff takes no more at once before 6.14 */
 
-/* Whether a segment's TCP checksum is finished and wrong. Unfinished ones (CHECKSUM_PARTIAL) hold the pseudo
- * header's sum, and all that is longer than the scratch, being GSO, is such. */
+/* Whether a segment's TCP checksum is finished and wrong. Unfinished ones (CHECKSUM_PARTIAL, all of GSO) hold the
+ * pseudo header's sum: whoever forges that sends what its receiver refuses, and has cut its own connection off
+ * here alone. What is longer than the scratch is believed. */
 static __noinline int checksum_is_wrong(struct __sk_buff *skb, const struct packet *p)
 {
 	struct payload_copy *copy;
@@ -268,7 +272,7 @@ static __noinline int checksum_is_wrong(struct __sk_buff *skb, const struct pack
 		return 0;
 	length = p->payload_at - p->l4 + p->payload;
 	copy = bpf_map_lookup_elem(&payload_scratch, &zero);
-	if (!copy || length < 20 || length > RECORD_MAX || bpf_skb_load_bytes(skb, p->l4, copy->bytes, length))
+	if (!copy || length < 20 || length > COPY_MAX || bpf_skb_load_bytes(skb, p->l4, copy->bytes, length))
 		return 0;
 	check = *(__u16 *)(copy->bytes + 16);
 	sum = pseudo_sum(p, length);
@@ -277,7 +281,7 @@ static __noinline int checksum_is_wrong(struct __sk_buff *skb, const struct pack
 	__builtin_memset(copy->bytes + length, 0, 3);
 	length = (length + 3) & ~3u;
 #pragma unroll
-	for (i = 0; i < RECORD_MAX; i += CSUM_STEP) {
+	for (i = 0; i < COPY_MAX; i += CSUM_STEP) {
 		__u32 part = length - i < CSUM_STEP ? length - i : CSUM_STEP;
 
 		if (i >= length)

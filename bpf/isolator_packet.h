@@ -88,6 +88,20 @@ static __always_inline void map_v4(__u8 *to, const void *from)
 	__builtin_memcpy(to + 12, from, 4);
 }
 
+/* Sequence numbers compare by their signed distance (RFC 9293 section 3.4). */
+static __always_inline int after(__u32 a, __u32 b)
+{
+	return (__s32)(a - b) > 0;
+}
+
+/* ::ffff:0:0/96 names IPv4 addresses here; on the wire it names nobody (RFC 4038 section 4.2). */
+static __always_inline int is_mapped(const __u8 *address)
+{
+	const __u32 *words = (const __u32 *)address;
+
+	return !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
+}
+
 static __always_inline int is_multicast_mac(const __u8 *mac)
 {
 	return mac[0] & 1;
@@ -243,6 +257,8 @@ static __always_inline int read_ipv6(void *data, void *end, struct packet *p, in
 	p->l4 = ETH_HLEN + sizeof(*ip);
 	__builtin_memcpy(p->source, &ip->saddr, 16);
 	__builtin_memcpy(p->destination, &ip->daddr, 16);
+	if (is_mapped(p->source) || is_mapped(p->destination))
+		return REASON_MALFORMED;
 	reason = read_transport(data, end, p, ETH_HLEN + sizeof(*ip), rest);
 	if (reason || p->protocol != IPPROTO_ICMPV6)
 		return reason;

@@ -168,8 +168,10 @@ static __always_inline int inner_tuple(struct __sk_buff *skb, const struct packe
 	return 0;
 }
 
-/* Path MTU discovery and refusals pass where the flow they speak of does, and speak to its end alone. */
-static __noinline int check_icmp_error(struct __sk_buff *skb, const struct port *port, const struct packet *p)
+/* Path MTU discovery and refusals pass where the flow they speak of does, by the policy in force, and speak to
+ * its end alone. */
+static __noinline int check_icmp_error(struct __sk_buff *skb, const struct port *port, const struct packet *p,
+				       __u32 generation)
 {
 	struct packet inner = {};
 	struct flow_key key;
@@ -187,9 +189,9 @@ static __noinline int check_icmp_error(struct __sk_buff *skb, const struct port 
 	flow_key_of(&key, &inner, port->endpoint, !direction); /* the inner packet went the other way */
 	f4 = bpf_map_lookup_elem(&flows4, &key);
 	if (f4)
-		return f4->verdict == VERDICT_ALLOW ? REASON_NONE : REASON_ICMP_UNRELATED;
+		return f4->generation == generation && f4->verdict == VERDICT_ALLOW ? REASON_NONE : REASON_ICMP_UNRELATED;
 	f7 = bpf_map_lookup_elem(&flows7, &key);
-	return f7 && !(f7->flags & FLOW_DENIED) ? REASON_NONE : REASON_ICMP_UNRELATED;
+	return f7 && f7->generation == generation && !(f7->flags & FLOW_DENIED) ? REASON_NONE : REASON_ICMP_UNRELATED;
 }
 
 /* R4: the header goes on without its payload. A checksum still to be completed (CHECKSUM_PARTIAL) holds
@@ -269,10 +271,11 @@ static __always_inline int renew_flow7(struct flow7 *f, const struct flow_key *k
 	f->rule = d.rule;
 	f->identity = d.identity;
 	if (d.verdict == VERDICT_INSPECT) {
-		if (f->flags & FLOW_PLAIN) {
-			if (!(d.flags & (POLICY_FAIL_OPEN | POLICY_TRIAL)))
+		if (f->flags & FLOW_PLAIN || f->half[f->initiator & 1].mode == MODE_OPAQUE) { /* is read no more */
+			if (!(d.flags & (POLICY_FAIL_OPEN | POLICY_UNREAD)))
 				return PUNT_STATE_LOST;
-			f->flags |= FLOW_PASSED_OPEN;
+			if (!(d.flags & POLICY_UNREAD))
+				f->flags |= FLOW_PASSED_OPEN;
 		}
 		f->profile = d.profile;
 		f->flags &= ~(FLOW_DENIED | FLOW_FAIL_OPEN);
@@ -302,6 +305,7 @@ static __always_inline int open_flow7(const struct flow_key *key, const struct d
 	f->generation = generation;
 	f->identity = d->identity;
 	f->initiator = d->initiator;
+	f->incarnation = bpf_get_prandom_u32();
 	f->flags = d->flags & POLICY_FAIL_OPEN ? FLOW_FAIL_OPEN : 0;
 	if (bpf_map_update_elem(&flows7, key, f, BPF_NOEXIST))
 		return bpf_map_lookup_elem(&flows7, key) ? REASON_NONE : REASON_FLOWS_FULL;
@@ -309,20 +313,31 @@ static __always_inline int open_flow7(const struct flow_key *key, const struct d
 	return REASON_NONE;
 }
 
-/* A packet in the middle of a connection that nobody remembers: either end may have opened it. */
+#define EPHEMERAL_MIN 32768 /* net.ipv4.ip_local_port_range's default */
+
+static __always_inline int is_ephemeral(__be16 port)
+{
+	return bpf_ntohs(port) >= EPHEMERAL_MIN;
+}
+
+/* A packet in the middle of a connection that nobody remembers: either end may have opened it. What would have to
+ * be read is taken for that. Otherwise the end with the ephemeral port has opened it; if that tells nothing, the
+ * stricter answer holds. */
 static __noinline int decide_midstream(const struct flow_key *key, struct decision *d, __u32 generation)
 {
 	struct decision other = {};
+	int opened_by_peer;
 
 	if (!key || !d)
 		return 0;
+	opened_by_peer = is_ephemeral(key->remote_port) - is_ephemeral(key->local_port);
+	d->initiator = INGRESS;
 	decide(key, d, generation);
-	if (d->verdict == VERDICT_ALLOW || d->verdict == VERDICT_INSPECT)
-		return 0;
-	other.initiator = !d->initiator;
-
+	other.initiator = EGRESS;
 	decide(key, &other, generation);
-	if (other.verdict == VERDICT_ALLOW || other.verdict == VERDICT_INSPECT)
+	if (d->verdict == VERDICT_INSPECT)
+		return 0;
+	if (other.verdict == VERDICT_INSPECT || opened_by_peer < 0 || (!opened_by_peer && d->verdict == VERDICT_ALLOW))
 		*d = other;
 	return 0;
 }
@@ -333,11 +348,9 @@ static __always_inline int apply_flow4(struct __sk_buff *skb, struct context *c,
 {
 	if (verdict == VERDICT_ALLOW)
 		return forward(port, multicast);
-	if (verdict == VERDICT_RESET && agent_is_up()) {
-		count_drop(reason, c->length);
-		return punt(skb, port, PUNT_RESET, 0);
-	}
 	count_drop(reason, c->length);
+	if (verdict == VERDICT_RESET && !(p->protocol == IPPROTO_TCP && p->flags & TCP_RST) && agent_is_up())
+		return punt(skb, port, PUNT_RESET, 0); /* no reset for a reset (RFC 9293 section 3.5.2) */
 	return TC_ACT_SHOT;
 }
 
@@ -406,23 +419,28 @@ static __always_inline int new_flow(struct __sk_buff *skb, struct context *c, co
 {
 	struct decision d = {.initiator = c->direction};
 	__u32 flags = 0;
-	int opens = p->opens && (p->protocol != IPPROTO_TCP || is_first_syn(p));
+	int tcp = p->protocol == IPPROTO_TCP, opens = p->opens && (!tcp || is_first_syn(p));
+	int recent = f && (now_ns() - f->last_seen < IDLE_NS || f->last_seen > now_ns());
 
-	if (p->protocol == IPPROTO_TCP && (p->flags & TCP_SYN) && p->payload)
+	if (tcp && (p->flags & TCP_SYN) && p->payload)
 		return drop(c, key, REASON_SYN_PAYLOAD);
-	if (f && !(opens && f->initiator != c->direction)) {
+	/* the other end's packet may open a flow of its own, but what answers one opens none */
+	if (f && (f->initiator == c->direction || !opens || (!tcp && recent && f->verdict == VERDICT_ALLOW))) {
 		d.initiator = f->initiator;
 		decide(key, &d, c->generation);
 	} else if (opens) {
 		decide(key, &d, c->generation);
-	} else if (p->protocol == IPPROTO_TCP) {
+	} else if (tcp) {
 		decide_midstream(key, &d, c->generation);
 	} else {
 		return drop(c, key, REASON_ICMP_UNRELATED); /* an echo reply that nobody asked for */
 	}
 	if (d.verdict == VERDICT_INSPECT) {
-		if (is_first_syn(p) && d.initiator == c->direction)
+		if (is_first_syn(p) && d.initiator == c->direction) {
+			if (recent && f->initiator != d.initiator && f->verdict == VERDICT_ALLOW)
+				return drop(c, key, REASON_TCP_STATE); /* it would take the live flow's place */
 			return new_flow7(skb, c, port, key, p, &d);
+		}
 		if (!(d.flags & (POLICY_FAIL_OPEN | POLICY_TRIAL)))
 			return boundary_lost(skb, c, port, key, p);
 		d.verdict = VERDICT_ALLOW;
@@ -456,9 +474,11 @@ static __noinline int flow(struct __sk_buff *skb, struct context *c, const struc
 	if (!f4 && p->protocol == IPPROTO_TCP) {
 		f7 = bpf_map_lookup_elem(&flows7, &key);
 		if (f7) {
-			if (f7->generation != c->generation && renew_flow7(f7, &key, c->generation))
+			if (f7->generation == c->generation || !renew_flow7(f7, &key, c->generation))
+				return flow7_step(skb, c, port, &key, f7, p);
+			if (!is_first_syn(p) || f7->initiator != c->direction)
 				return boundary_lost(skb, c, port, &key, p);
-			return flow7_step(skb, c, port, &key, f7, p);
+			forget(&key); /* a connection of its own */
 		}
 	}
 	return new_flow(skb, c, port, &key, p, f4, multicast);
@@ -488,7 +508,7 @@ static __always_inline int classify(struct __sk_buff *skb, const struct port *po
 	else if (!reason && p.kind == KIND_NEIGHBOUR)
 		reason = check_neighbour(skb, port, &p);
 	else if (!reason && p.kind == KIND_ICMP_ERROR)
-		reason = check_icmp_error(skb, port, &p);
+		reason = check_icmp_error(skb, port, &p, c->generation);
 	else if (!reason)
 		return flow(skb, c, port, &p, multicast);
 	return reason ? drop(c, none, reason) : forward(port, multicast);

@@ -103,6 +103,7 @@ class PolicyFlag(IntFlag):
     AUDIT = 1
     TRIAL = 2
     FAIL_OPEN = 4
+    UNREAD = 8
 
 
 class FlowFlag(IntFlag):

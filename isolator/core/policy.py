@@ -438,7 +438,11 @@ class Outcome:
         flags = PolicyFlag.AUDIT if decision.audit else PolicyFlag(0)
         if decision.trial:
             flags |= PolicyFlag.TRIAL
-        return flags | PolicyFlag.FAIL_OPEN if self.inspects and self.fail_open else flags
+        if self.inspects and self.fail_open:
+            flags |= PolicyFlag.FAIL_OPEN
+        if self.inspects and self.refuse(DropReason.NOT_HTTP).verdict is Verdict.ALLOW:
+            flags |= PolicyFlag.UNREAD
+        return flags
 
     def decide(self, request: HttpRequest) -> Decision:
         return combined(self.enforced.decide(request), self.trial.decide(request))

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from isolator.core.model import Direction, DropReason, FlowFlag, Owner, PuntReason, Side, Verdict
 
-LAYOUT_VERSION = 1  # ISOLATOR_LAYOUT
+LAYOUT_VERSION = 2  # ISOLATOR_LAYOUT
 RECORD_MAX = 1460
 WINDOWS_MAX = 4
 WINDOW_BYTES_MAX = 1 << 30
@@ -25,12 +25,12 @@ Octets = bytes | bytearray | memoryview
 ENDPOINT_MAX = 32767  # what PUNT_CONTEXT has room for
 
 PORT_XDP_FORWARD = 1
-POLICY_AUDIT, POLICY_TRIAL, POLICY_FAIL_OPEN = 1, 2, 4
+POLICY_AUDIT, POLICY_TRIAL, POLICY_FAIL_OPEN, POLICY_UNREAD = 1, 2, 4, 8
 FLOW_AUDIT, FLOW_FAIL_OPEN, FLOW_PASSED_OPEN, FLOW_DENIED, FLOW_PLAIN = 1, 4, 8, 16, 32
 HALF_FIN, HALF_RST = 1, 2
 FLOW7_LIVE, FLOW7_PENDING = 1, 2
 FLOW7_COMMIT, FLOW7_OWN, FLOW7_DELETE = 1, 2, 3
-COMMIT_RECORD, COMMIT_WINDOW, COMMIT_MARK = 1, 2, 4
+COMMIT_RECORD, COMMIT_WINDOW, COMMIT_MARK, COMMIT_FIN = 1, 2, 4, 8
 FLOW7_OK, FLOW7_GONE, FLOW7_STALE = 0, 1, 2
 EVENT_FLOW, EVENT_DROP = 1, 2
 
@@ -87,7 +87,7 @@ HALF = Layout(
 FLOW7 = Layout(
     "flow7",
     last_seen="Q", packets="2Q", bytes="2Q", profile="I", rule="I", generation="I", identity="I",
-    pending_seq="I", incarnation="I", initiator="B", state="B", flags="B", reason="B", pad="4x",
+    pending_seq="I", incarnation="I", initiator="B", state="B", flags="B", reason="B", start="I",
     half=f"{2 * HALF_SIZE}s",
 )  # fmt: skip
 FLOW7_COMMAND = Layout(
@@ -330,6 +330,7 @@ class Flow7:
     state: int
     flags: FlowFlag
     reason: DropReason
+    start: int
     half: tuple[Half, Half]
 
     @property
@@ -353,11 +354,11 @@ class Flow7:
     def unpack(cls, data: Octets) -> Flow7:
         (
             seen, p0, p1, b0, b1, profile, rule, generation, identity, pending_seq, incarnation,
-            initiator, state, flags, reason, halves,
+            initiator, state, flags, reason, start, halves,
         ) = FLOW7.struct.unpack(data)  # fmt: skip
         return cls(
             seen, (p0, p1), (b0, b1), profile, rule, generation, identity, pending_seq, incarnation,
-            Direction(initiator), state, FlowFlag(flags), DropReason(reason),
+            Direction(initiator), state, FlowFlag(flags), DropReason(reason), start,
             (Half.unpack(halves[:HALF_SIZE]), Half.unpack(halves[HALF_SIZE:])),
         )  # fmt: skip
 
@@ -365,7 +366,7 @@ class Flow7:
         return FLOW7.struct.pack(
             self.last_seen, *self.packets, *self.octets, self.profile, self.rule, self.generation,
             self.identity, self.pending_seq, self.incarnation, self.initiator, self.state, self.flags,
-            self.reason, self.half[0].pack() + self.half[1].pack(),
+            self.reason, self.start, self.half[0].pack() + self.half[1].pack(),
         )  # fmt: skip
 
 

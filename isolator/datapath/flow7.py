@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from isolator.core.model import Direction, Owner
 from isolator.datapath.abi import (
+    COMMIT_FIN,
     COMMIT_MARK,
     COMMIT_RECORD,
     COMMIT_WINDOW,
@@ -83,11 +84,13 @@ class FlowCommands:
         window: tuple[int, int] | None = None,
         record: tuple[int, bytes] | None = None,
         mark: bool = False,
+        fin: bool = False,
     ) -> Answer:
         """Move a half's `next` from `expect_next` to `following`, all of it or nothing.
 
         `record`: (sequence number, bytes ≤ RECORD_MAX) of the message's head, `window`: [from, to) that the
-        kernel may pass, `mark`: the answer begins where the other half stands now.
+        kernel may pass, `mark`: the answer begins where the other half stands now, `fin`: the half ends at
+        `following`. With both numbers equal it only tells whether the flow is still the one that is meant.
         """
         flags, at, length = 0, 0, 0
         if record is not None:
@@ -105,6 +108,8 @@ class FlowCommands:
             flags |= COMMIT_WINDOW
         if mark:
             flags |= COMMIT_MARK
+        if fin:
+            flags |= COMMIT_FIN
         _HEAD.pack_into(
             self._context, 0,
             key, FLOW7_COMMIT, direction, flags, owner, incarnation, expect_next, following, mode, remaining,

@@ -80,12 +80,17 @@ class Conversation:
     # -- Python's side -------------------------------------------------------------------------------------
 
     def commit(
-        self, following: int, expect: int | None = None, incarnation: int = 1, **what: object
+        self, following: int, expect: int | None = None, incarnation: int | None = None, **what: object
     ) -> Answer:
         """Move the boundary to `following` bytes behind the start."""
         expected = self.half.next if expect is None else expect
         return self.b.datapath.commands.commit(
-            self.key, self.direction, incarnation, expected, self.at(following), **what
+            self.key,
+            self.direction,
+            self.flow.incarnation if incarnation is None else incarnation,
+            expected,
+            self.at(following),
+            **what,
         )  # type: ignore[arg-type]
 
     def own(self, owner: Owner, server: bool = False) -> Answer:

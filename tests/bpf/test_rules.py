@@ -10,15 +10,22 @@ from dataclasses import replace
 import pytest
 from scapy.layers.inet import IP, TCP
 
-from isolator.core.model import Direction, DropReason, FlowFlag, Owner
-from isolator.datapath.abi import HALF_FIN, HALF_RST, POLICY_FAIL_OPEN, RECORD_MAX, WINDOW_BYTES_MAX
+from isolator.core.model import Direction, Owner
+from isolator.datapath.abi import (
+    HALF_FIN,
+    HALF_RST,
+    RECORD_MAX,
+    WINDOW_BYTES_MAX,
+)
 from isolator.datapath.flow7 import Outcome
-from tests.bpf.bench import ALLOW, DROP, INSPECT, POLICY, Bench, Entry, gso, key_of
+from parsers.http1 import Mode
+from tests.bpf.bench import Bench, gso
 from tests.bpf.conversation import HEAD, SERVER_ISN, Conversation
 from tests.bpf.frames import checksums_are_right, inbound, outbound, tcp
 
 pytestmark = pytest.mark.root
 INGRESS, EGRESS = Direction.INGRESS, Direction.EGRESS
+MODE_OPAQUE = Mode.OPAQUE
 END = len(HEAD)
 S = SERVER_ISN + 1  # the server's first byte
 KINDS = [
@@ -47,7 +54,7 @@ def receiver(c: Conversation) -> str:
 @on_every_kind
 def test_handshake(c: Conversation) -> None:
     flow = c.flow
-    assert (flow.live, flow.pending, flow.incarnation, flow.initiator) == (True, False, 1, c.direction)
+    assert (flow.live, flow.pending, flow.start, flow.initiator) == (True, False, c.start, c.direction)
     assert (flow.client.next, flow.client.acked, flow.client.owner) == (c.start, c.start, Owner.PYTHON)
     assert (flow.server.next, flow.server.record_seq, flow.server.owner) == (S, S, Owner.KERNEL)
     assert flow.profile == 5
@@ -56,7 +63,7 @@ def test_handshake(c: Conversation) -> None:
 @on_every_kind
 def test_new_payload_is_held(c: Conversation) -> None:
     outcome = c.client("PA", c.start, S, HEAD)
-    assert (str(outcome), outcome.incarnation) == ("punt PAYLOAD", 1)
+    assert (str(outcome), outcome.incarnation) == ("punt PAYLOAD", c.flow.incarnation & 0xFF)
     assert bytes(outcome.packet[TCP].payload) == HEAD
     assert (c.half.next, c.half.word.punts) == (c.start, 1)
 
@@ -106,12 +113,12 @@ def test_commit(c: Conversation) -> None:
 
 def test_commands_that_come_too_late(c: Conversation) -> None:
     before = c.flow
-    assert c.commit(END, incarnation=0).outcome is Outcome.STALE
+    assert c.commit(END, incarnation=c.flow.incarnation - 1).outcome is Outcome.STALE
     assert c.commit(END, expect=c.start + 1).outcome is Outcome.STALE
     assert replace(c.flow, last_seen=0) == replace(before, last_seen=0)
     c.own(Owner.CLOSED)
     assert c.commit(END).outcome is Outcome.STALE
-    assert c.b.datapath.commands.delete(c.key, 1)
+    assert c.b.datapath.commands.delete(c.key, before.incarnation)
     assert c.b.datapath.flow7(c.key) is None
     assert c.b.datapath.commands.own(c.key, INGRESS, 1, Owner.PYTHON).outcome is Outcome.GONE
 
@@ -191,7 +198,7 @@ RETRANSMISSIONS = [
     ("another byte in a piece", 7, b"!" + HEAD[8:20], "punt MISMATCH"),
     ("one byte, another", END - 1, b"!", "punt MISMATCH"),
     ("a byte too early", 0, HEAD[1:], "punt MISMATCH"),
-    ("beginning below the boundary", -3, b"abc" + HEAD, "forward"),
+    ("beginning below what is acknowledged", -3, b"abc" + HEAD, "punt PAYLOAD"),
     ("beyond the boundary", 0, HEAD + b"!", "punt PAYLOAD"),
 ]
 
@@ -229,11 +236,33 @@ def test_a_record_that_lies_elsewhere(c: Conversation) -> None:
 
 
 def test_partly_acknowledged(c: Conversation) -> None:
-    """Bytes below the acknowledged number no longer matter; those above it must be equal."""
+    """Bytes below the acknowledged number go no further; those above it must be equal. Python cuts."""
     c.allow_head()
     c.server("A", S, c.at(5))
-    assert str(c.client("PA", c.start, S, b"XXXXX" + HEAD[5:])) == "container"
-    assert str(c.client("PA", c.start, S, HEAD[:5] + b"!" + HEAD[6:])) == "punt MISMATCH"
+    assert str(c.client("PA", c.start, S, b"XXXXX" + HEAD[5:])) == "punt PAYLOAD"
+    assert str(c.client("PA", c.at(5), S, HEAD[5:])) == "container"
+    assert str(c.client("PA", c.at(5), S, b"!" + HEAD[6:])) == "punt MISMATCH"
+
+
+def test_another_message_takes_the_records_place(c: Conversation) -> None:
+    """Else its bytes would match again once the numbers have come round."""
+    c.allow_head()
+    assert c.commit(END + 2000)  # a head longer than a record
+    assert c.half.record == b""
+    assert str(c.client("PA", c.start, S, HEAD)) == "punt PAYLOAD"
+
+
+def test_asking_whether_the_flow_is_still_the_same_changes_nothing(c: Conversation) -> None:
+    c.allow_head()
+    before = c.flow
+    assert c.commit(END)
+    assert replace(c.flow, last_seen=0) == replace(before, last_seen=0)
+
+
+def test_the_boundary_goes_forward_and_not_too_far(c: Conversation) -> None:
+    c.allow_head()
+    assert c.commit(END - 1).outcome is Outcome.STALE
+    assert c.commit(END + 2**31 - 1).outcome is Outcome.STALE
 
 
 # -- pass windows (R5, R8) -------------------------------------------------------------------------------
@@ -318,34 +347,44 @@ def test_a_syn_ack_for_another_syn(c: Conversation) -> None:
     before = c.flow
     c.client("S", 90000)
     c.server("SA", 70000, 80001)
-    assert c.flow.half == before.half and c.flow.incarnation == 1
+    assert c.flow.half == before.half and c.flow.incarnation == before.incarnation
 
 
 def test_a_syn_ack_that_nobody_asked_for(c: Conversation) -> None:
     before = c.flow
     c.server("SA", 70000, c.start)
-    assert c.flow.half == before.half and c.flow.incarnation == 1
+    assert c.flow.half == before.half and c.flow.incarnation == before.incarnation
 
 
 def test_the_syn_ack_begins_a_new_incarnation(c: Conversation) -> None:
     c.commit(END, record=(c.start, HEAD), window=(c.at(END), c.at(END + 10)))
-    c.server("A", S, c.at(END))
+    before = c.flow.incarnation
     c.client("S", 90000)
     assert str(c.server("SA", 70000, 90001)) == "network"
     half = c.half
-    assert (c.flow.incarnation, c.flow.live, c.flow.pending) == (2, True, False)
+    assert (c.flow.incarnation, c.flow.live, c.flow.pending) == ((before + 1) & 0xFFFFFFFF, True, False)
     assert (half.next, half.acked, half.record, half.windows) == (90001, 90001, b"", ())
-    assert c.commit(END, incarnation=1).outcome is Outcome.STALE
+    assert c.commit(END, incarnation=before).outcome is Outcome.STALE
 
 
-def test_a_new_incarnation_waits_for_what_is_under_way(c: Conversation) -> None:
-    """A repeated SYN's answer must not move the boundary back over bytes that the server may have by now:
-    what Python would inspect there again, the server would not read again.
+def test_a_repeated_syn_begins_nothing(c: Conversation) -> None:
+    """Its answer must not move the boundary back over bytes that the server may have by now: what Python would
+    inspect there again, the server would not read again.
     """
     c.allow_head()
-    c.client("S", c.isn)
-    c.server("SA", SERVER_ISN, c.start)
-    assert c.flow.incarnation == 1 and c.half.next == c.at(END)
+    before = c.flow
+    assert str(c.client("S", c.isn)) == "container"
+    assert str(c.server("SA", SERVER_ISN, c.start)) == "network"
+    assert c.flow.half == before.half and c.flow.incarnation == before.incarnation
+
+
+def test_the_same_ports_again_after_bytes_that_nobody_acknowledged(c: Conversation) -> None:
+    """Whoever answers another SYN has no connection any more."""
+    c.allow_head()
+    c.server("R", S)
+    c.client("S", 90000)
+    assert str(c.server("SA", 70000, 90001)) == "network"
+    assert c.half.next == c.half.acked == 90001
 
 
 def test_syn_with_payload(c: Conversation) -> None:
@@ -399,6 +438,33 @@ def test_a_fin_inside_the_record_truncates_nothing(c: Conversation, at: int, dat
     assert c.client("FA", c.at(at), S, data).where in ("punt", "drop")
 
 
+def test_a_window_is_gone_once_it_is_acknowledged(c: Conversation) -> None:
+    """Else it would pass whatever stands at the same numbers 4 GiB later."""
+    step, at = 1 << 30, 0
+    for _ in range(4):
+        assert c.commit(at + step, window=(c.at(at), c.at(at + step)))
+        at += step
+        c.server("A", S, c.at(at))
+    assert c.commit(at + END, record=(c.at(at), HEAD))
+    assert c.half.windows == ()
+    assert str(c.client("PA", c.at(at), S, b"GET /secret")) == "punt MISMATCH"
+
+
+def test_a_fin_inside_a_window(c: Conversation) -> None:
+    """A body that nobody reads may end early: an upload that is given up, a half-closed tunnel."""
+    assert c.commit(END + 1000, record=(c.start, HEAD), window=(c.at(END), c.at(END + 1000)))
+    assert str(c.client("FA", c.at(END + 10), S)) == "container"
+    assert c.half.flags == HALF_FIN
+    assert str(c.client("PA", c.at(END + 1000), S, HEAD)) == "drop TCP_STATE"
+
+
+def test_a_fin_that_python_sends(c: Conversation) -> None:
+    assert c.commit(END, record=(c.start, HEAD), fin=True)
+    assert c.half.flags == HALF_FIN
+    c.server("A", S, c.at(END + 1))
+    assert c.half.acked == c.at(END)
+
+
 @pytest.mark.parametrize("flags", ["FA", "R", "RA", "FPA"])
 def test_what_no_receiver_believes_ends_nothing(c: Conversation, flags: str) -> None:
     c.allow_head()
@@ -443,77 +509,3 @@ def test_a_closed_flow(c: Conversation) -> None:
     assert str(c.server("PA", S, c.start, b"HTTP/1.1 200 OK")) == "drop FLOW_CLOSED"
     c.b.agent(up=False)
     assert str(c.client("PA", c.start, S, HEAD)) == "drop FLOW_CLOSED"
-
-
-# -- the agent is down -----------------------------------------------------------------------------------
-
-
-def test_without_the_agent_what_is_proven_passes(c: Conversation) -> None:
-    c.commit(END + 10, record=(c.start, HEAD), window=(c.at(END), c.at(END + 10)))
-    c.b.agent(up=False)
-    assert str(c.client("PA", c.start, S, HEAD)) == "container"
-    assert str(c.client("PA", c.at(END), S, b"b" * 10)) == "container"
-    assert str(c.server("A", S, c.at(END))) == "network"
-    assert c.half.acked == c.at(END)
-    assert str(c.client("PA", c.at(END + 10), S, HEAD)) == "drop AGENT_DOWN"
-
-
-def test_without_the_agent_and_failing_open(b: Bench) -> None:
-    b.policy([replace(entry, flags=4) for entry in POLICY])
-    c = Conversation(b).handshake()
-    b.agent(up=False)
-    assert str(c.client("PA", c.start, S, HEAD)) == "container"
-    assert c.flow.flags & FlowFlag.PASSED_OPEN
-    b.agent(up=True)
-    assert str(c.client("PA", c.at(END), S, HEAD)) == "container"  # its boundary is lost
-
-
-# -- policy, quota ---------------------------------------------------------------------------------------
-
-
-def with_port_80(entry: Entry) -> list[Entry]:
-    return [entry if (old.port, old.direction) == (80, INGRESS) else old for old in POLICY]
-
-
-def test_a_live_flow_is_denied_by_a_newer_policy(c: Conversation) -> None:
-    c.allow_head()
-    c.b.policy(with_port_80(Entry(INGRESS, DROP, 6, 80, 2, reason=DropReason.POLICY_DENY)))
-    assert str(c.client("PA", c.start, S, HEAD)) == "drop POLICY_DENY"
-    assert str(c.server("A", S, c.at(END))) == "drop POLICY_DENY"
-    c.b.policy(POLICY)
-    assert str(c.client("PA", c.start, S, HEAD)) == "container"
-
-
-def test_a_live_flow_is_released_and_cannot_be_taken_back(c: Conversation) -> None:
-    c.b.policy(with_port_80(Entry(INGRESS, ALLOW, 6, 80, 2)))
-    assert str(c.client("PA", c.start, S, b"SSH-2.0")) == "container"
-    c.b.policy(with_port_80(Entry(INGRESS, INSPECT, 6, 80, 2, profile=6)))
-    assert str(c.client("PA", c.at(7), S, HEAD)) == "punt STATE_LOST"
-
-
-def test_a_released_flow_may_go_on_where_policy_fails_open_and_is_marked(c: Conversation) -> None:
-    c.b.policy(with_port_80(Entry(INGRESS, ALLOW, 6, 80, 2)))
-    assert str(c.client("PA", c.start, S, b"SSH-2.0")) == "container"
-    c.b.policy(with_port_80(Entry(INGRESS, INSPECT, 6, 80, 2, profile=6, flags=POLICY_FAIL_OPEN)))
-    assert str(c.client("PA", c.at(7), S, HEAD)) == "container"
-    assert c.flow.flags & FlowFlag.PASSED_OPEN
-
-
-def test_another_profile(c: Conversation) -> None:
-    c.b.policy(with_port_80(Entry(INGRESS, INSPECT, 6, 80, 2, profile=6, rule=66)))
-    c.client("PA", c.start, S, HEAD)
-    assert (c.flow.profile, c.flow.rule, c.half.word.punts) == (6, 66, 1)
-
-
-def test_the_quota(b: Bench) -> None:
-    b.reset(flows7_max=2)
-    seen = [str(Conversation(b, client_port=port).client("S", 1000)) for port in (1, 2, 3)]
-    assert seen == ["container", "container", "drop FLOWS_FULL"]
-    assert b.datapath.flows7_used(7) == 2
-    assert b.datapath.commands.delete(key_of(80, 1), 0)
-    assert str(Conversation(b, client_port=3).client("S", 1000)) == "container"
-
-
-def test_traffic_is_counted(c: Conversation) -> None:
-    assert c.flow.packets == (2, 1)
-    assert c.flow.octets == (108, 54)

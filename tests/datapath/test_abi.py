@@ -109,6 +109,7 @@ FLOWS7 = st.builds(
     state=st.integers(0, 3),
     flags=st.just(FlowFlag.FAIL_OPEN),
     reason=st.sampled_from(DropReason),
+    start=U32,
     half=st.tuples(HALVES, HALVES),
 )
 
