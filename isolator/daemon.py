@@ -346,7 +346,7 @@ class Agent:
                 self._numbered_addresses(),
                 datapath.next_generation(),
             )
-            self._inspector.change_policy(compiled.profiles, compiled.generation)
+            self._inspector.prepare_policy(compiled.profiles, compiled.generation)
             self._recorder.rules = compiled.rules
             await asyncio.to_thread(
                 datapath.write_policy,

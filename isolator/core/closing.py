@@ -1,8 +1,9 @@
-"""The end of a denied flow: the earlier answers, then the denial, then silence (R10).
+"""The end of a flow: a denial behind the earlier answers, or a reset, then silence (R10).
 
-From the moment of the denial no byte of the client's reaches the server. If answers to earlier requests are under
-way, the server's half comes through Python until they are complete; then the server is reset and the denial
-takes their place in the stream, sent again until the client has acknowledged it.
+From the moment of a denial no byte of the client's reaches the server. While answers to earlier requests are under
+way, the server's half comes through Python until the client has them; the denial takes its place right behind
+them, and is sent again until the client has acknowledged it. The server is reset as soon as nobody needs it to send
+anything again. The states and their order stand in isolator.core.flow.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from isolator.core.answers import denial, locate
 from isolator.core.commands import Command, Delete, Drop, Forward, Own, Read, Report
 from isolator.core.flow import Flow, FlowState, State
 from isolator.core.model import Decision, DropReason, Owner, Verdict
-from isolator.core.segments import remember, resets, to_client, to_server
+from isolator.core.segments import SEGMENT_MAX, remember, resets, to_client, to_server
 from parsers.errors import DissectError
 from parsers.http1 import Request
 from parsers.packet import ACK, FIN, PSH, RST, Segment
-from parsers.reassembly import seq_lt, seq_sub
+from parsers.reassembly import seq_le, seq_lt, seq_sub
 
 RESEND_AFTER = 0.3  # s, doubled each time
 RESENDS_MAX = 6
@@ -25,6 +26,7 @@ QUIET_AFTER = 0.2  # s without a byte from the server: then answers nobody can f
 DRAIN_WITHIN = 60.0  # s for the earlier answers
 LINGER = 2.0  # s in which a closed flow swallows what still comes
 CLIENT_FIN_WITHIN = 10.0  # s for the client to close its side, then it is reset
+RESETS_MAX = 16  # of a closed flow, in answer to what still comes
 
 _MASK = 0xFFFFFFFF
 
@@ -48,19 +50,22 @@ def deny(flow: Flow, seen: int, decision: Decision, request: Request | None, now
 
 
 def abort(flow: Flow, reason: DropReason, now: float) -> list[Command]:
-    """Resets both ends."""
+    """Resets both ends, once it is known where the server waits."""
     flow.state = State.CLOSED
+    flow.resets = RESETS_MAX
     flow.wake_at = now + LINGER
     return [
         Own(flow, flow.initiator, Owner.CLOSED),
-        Own(flow, flow.initiator.other, Owner.CLOSED),
+        Own(flow, flow.initiator.other, Owner.PYTHON),
         Report(flow, Decision(Verdict.DROP, reason), None),
-        *resets(flow),
+        Read(flow),
     ]
 
 
 def resume(flow: Flow, pinned: FlowState, now: float) -> list[Command]:
     """Where the server's half stands, read after its owner became Python: what is missing of the answers?"""
+    if flow.state is State.CLOSED:
+        return [*resets(flow, pinned.client.acked)]
     server = pinned.server
     flow.server_at = server.next
     if flow.requests == 0 and flow.unanswered is not None:
@@ -81,6 +86,8 @@ def receive(flow: Flow, segment: Segment, packet: memoryview, from_client: bool,
     """One frame of a flow that is not open."""
     if from_client:
         remember(flow, segment, packet)
+        if segment.flags & RST:
+            return _client_gone(flow, segment, now)
     return _HANDLERS[flow.state, from_client](flow, segment, packet, now)
 
 
@@ -91,10 +98,21 @@ def tick(flow: Flow, now: float) -> list[Command]:
         return _again(flow, now)
     if now >= flow.until:
         return abort(flow, DropReason.FLOW_CLOSED, now)
-    if flow.answers is None and flow.client_at == flow.server_at:
+    if flow.state is State.DRAINING and flow.answers is None and flow.client_at == flow.server_at:
         return _answer(flow, flow.server_at, now)
-    flow.wake_at = now + QUIET_AFTER if flow.answers is None else flow.until
+    flow.wake_at = flow.until if flow.answers is not None or flow.state is State.ENDING else now + QUIET_AFTER
     return []
+
+
+def _client_gone(flow: Flow, segment: Segment, now: float) -> list[Command]:
+    """The client has reset its connection, where the server would believe it: the server's ends with it."""
+    if flow.state is State.CLOSED or not (
+        seq_le(flow.next, segment.seq) and seq_le(segment.seq, flow.client_end)
+    ):
+        return [Drop(DropReason.FLOW_CLOSED)]
+    needed = flow.state is not State.ANSWERED or flow.server_needed
+    flow.state, flow.wake_at = State.CLOSED, now + LINGER
+    return [*to_server(flow, flow.next, b"", RST | ACK)] if needed else []
 
 
 # -- draining: the earlier answers -------------------------------------------------------------------------
@@ -102,42 +120,46 @@ def tick(flow: Flow, now: float) -> list[Command]:
 
 def _client_drains(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
     """The client's acknowledgements go on, and nothing else of it."""
-    if segment.flags & RST:
-        flow.state, flow.wake_at = State.CLOSED, now + LINGER
-        return [to_server(flow, flow.next, b"", RST | ACK)]
     _take(flow, segment)
-    return [to_server(flow, flow.next, b"", ACK)]
+    return [*to_server(flow, flow.next, b"", ACK)]
 
 
 def _server_drains(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
     """Forwards the answers' bytes in order, up to the end of the last one."""
-    if segment.flags & (RST | FIN):
-        flow.state = State.CLOSED
-        flow.wake_at = now + CLIENT_FIN_WITHIN
+    if segment.flags & RST:
+        flow.state, flow.wake_at = State.CLOSED, now + CLIENT_FIN_WITHIN
         return [Forward()]
     lead = seq_sub(flow.server_at, segment.seq)
     if lead < 0:  # a hole before it: the server will send it again
         return [Drop(DropReason.OUT_OF_WINDOW)]
     data = bytes(packet[segment.payload_at + lead : segment.payload_end])
-    if not data:
-        return [Forward()]
     flow.server_at = (flow.server_at + len(data)) & _MASK
-    if flow.answers is None:
-        flow.wake_at = now + QUIET_AFTER
-        return [Forward()]
-    try:
-        end = _dissect(flow, data)
-    except DissectError:
-        flow.answers = None
-        flow.wake_at = now + QUIET_AFTER
-        return [Forward()]
+    end = _follow(flow, data, now) if data else None
     if end is None:
+        if segment.flags & FIN and segment.seq + segment.payload_length & _MASK == flow.server_at:
+            flow.state = State.ENDING
         return [Forward()]
-    if end == flow.server_at:
-        return [Forward(), *_answer(flow, end, now)]
+    answer = _answer(flow, end, now)
+    if end == flow.server_at and not segment.flags & FIN:
+        return [Forward(), *answer]
     passed = data[: seq_sub(end, flow.server_at) + len(data)]
     start = (flow.server_at - len(data)) & _MASK
-    return [to_client(flow, start, flow.client_end, passed, PSH | ACK), *_answer(flow, end, now)]
+    cut: list[Command] = [
+        to_client(flow, (start + at) & _MASK, flow.client_end, passed[at : at + SEGMENT_MAX], PSH | ACK)
+        for at in range(0, len(passed), SEGMENT_MAX)
+    ]
+    return cut + answer
+
+
+def _follow(flow: Flow, data: bytes, now: float) -> int | None:
+    """Where the last answer ends, once it does. What nobody can follow has ended when it is quiet."""
+    if flow.answers is not None:
+        try:
+            return _dissect(flow, data)
+        except DissectError:
+            flow.answers = None
+    flow.wake_at = now + QUIET_AFTER
+    return None
 
 
 def _dissect(flow: Flow, data: bytes) -> int | None:
@@ -161,20 +183,43 @@ def _dissect(flow: Flow, data: bytes) -> int | None:
     return flow.answers_at
 
 
+# -- ending: the server has closed, so no denial can follow -------------------------------------------------
+
+
+def _client_ends(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
+    """Once the client has all of it, FIN included, both ends are reset: its last request has no answer."""
+    if not seq_le(flow.client_at, flow.server_at):
+        return abort(flow, DropReason.FLOW_CLOSED, now)
+    return _client_drains(flow, segment, packet, now)
+
+
+def _server_ends(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
+    end = (segment.seq + segment.payload_length) & _MASK
+    return [Forward()] if seq_le(end, flow.server_at) else [Drop(DropReason.OUT_OF_WINDOW)]
+
+
 # -- answered: the denial ----------------------------------------------------------------------------------
 
 
 def _answer(flow: Flow, at: int, now: float) -> list[Command]:
-    """Puts the denial at `at` of the server's half, and ends the server's side."""
+    """Puts the denial at `at` of the server's half."""
     assert flow.decision is not None
     flow.state = State.ANSWERED
     flow.answer, flow.answer_at = denial(flow.decision, flow.request), at
     flow.resends = 0
     flow.wake_at = now + RESEND_AFTER
+    flow.server_needed = True
+    return [_denial(flow), *_release_server(flow)]
+
+
+def _release_server(flow: Flow) -> list[Command]:
+    """Resets the server once the client has the earlier answers; until then it may have to send them again."""
+    if not flow.server_needed or seq_lt(flow.client_at, flow.answer_at):
+        return []
+    flow.server_needed = False
     return [
         Own(flow, flow.initiator.other, Owner.CLOSED),
-        _denial(flow),
-        to_server(flow, flow.next, b"", RST | ACK),
+        *to_server(flow, flow.next, b"", RST | ACK),
     ]
 
 
@@ -190,23 +235,34 @@ def _again(flow: Flow, now: float) -> list[Command]:
     flow.resends += 1
     if flow.resends > RESENDS_MAX:
         flow.state, flow.wake_at = State.CLOSED, now + LINGER
-        return [to_client(flow, flow.client_at, flow.client_end, b"", RST | ACK)]
+        return [
+            to_client(flow, flow.client_at, flow.client_end, b"", RST | ACK),
+            *(to_server(flow, flow.next, b"", RST | ACK) if flow.server_needed else ()),
+        ]
     flow.wake_at = now + RESEND_AFTER * 2**flow.resends
     return [_denial(flow)]
 
 
 def _client_answered(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
     """Takes what the client still sends, and acknowledges it, until it has the denial and closes too."""
-    if segment.flags & RST:
-        flow.state, flow.wake_at = State.CLOSED, now + LINGER
-        return []
+    commands = _release_server(flow)
     fresh = _take(flow, segment)
     if not seq_lt(flow.client_at, _answer_end(flow)):
         flow.state = State.CLOSED
         flow.wake_at = now + (LINGER if flow.client_fin else CLIENT_FIN_WITHIN)
+    elif flow.server_needed:
+        commands += to_server(flow, flow.next, b"", ACK)
     if fresh or segment.payload_length or segment.flags & FIN:
-        return [to_client(flow, _answer_end(flow), flow.client_end, b"", ACK)]
-    return []
+        commands.append(to_client(flow, _answer_end(flow), flow.client_end, b"", ACK))
+    return commands
+
+
+def _server_answered(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
+    """Of the server only what it sends again of the earlier answers."""
+    end = (segment.seq + segment.payload_length) & _MASK
+    if not flow.server_needed or segment.flags & (FIN | RST) or seq_lt(flow.answer_at, end):
+        return [Drop(DropReason.FLOW_CLOSED)]
+    return [Forward()]
 
 
 def _take(flow: Flow, segment: Segment) -> bool:
@@ -219,21 +275,38 @@ def _take(flow: Flow, segment: Segment) -> bool:
     return True
 
 
+# -- closed ------------------------------------------------------------------------------------------------
+
+
 def _client_closed(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
-    """After the denial the client's FIN is still acknowledged; after a reset nothing is."""
-    return _client_answered(flow, segment, packet, now) if flow.answer else []
+    """After a denial the client's FIN is still acknowledged; otherwise it is reset again, where it waits."""
+    if flow.wake_at is None:
+        flow.wake_at = now + LINGER
+    if flow.answer:
+        return _client_answered(flow, segment, packet, now)
+    if flow.resets <= 0:
+        return [Drop(DropReason.FLOW_CLOSED)]
+    flow.resets -= 1
+    end = (segment.seq + segment.payload_length + bool(segment.flags & FIN)) & _MASK
+    return [to_client(flow, segment.ack, end, b"", RST | ACK)]
 
 
-def _swallow(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
-    return [Drop(DropReason.FLOW_CLOSED)]
+def _server_closed(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
+    """Nothing passes. A server that was not hit by the reset says where it waits (RFC 5961 section 3.2)."""
+    if flow.answer or flow.template is None or flow.resets <= 0 or segment.flags & RST:
+        return [Drop(DropReason.FLOW_CLOSED)]
+    flow.resets -= 1
+    return [*to_server(flow, segment.ack, b"", RST | ACK)]
 
 
 _Handler = Callable[[Flow, Segment, memoryview, float], list[Command]]
 _HANDLERS: dict[tuple[State, bool], _Handler] = {
     (State.DRAINING, True): _client_drains,
     (State.DRAINING, False): _server_drains,
+    (State.ENDING, True): _client_ends,
+    (State.ENDING, False): _server_ends,
     (State.ANSWERED, True): _client_answered,
-    (State.ANSWERED, False): _swallow,
+    (State.ANSWERED, False): _server_answered,
     (State.CLOSED, True): _client_closed,
-    (State.CLOSED, False): _swallow,
+    (State.CLOSED, False): _server_closed,
 }

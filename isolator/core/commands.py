@@ -13,14 +13,19 @@ from parsers.http1 import Request
 
 
 class Commit(NamedTuple):
-    """Move the client's boundary: bytes [expect, next) are decided. Comes before the bytes are sent."""
+    """Move the client's boundary: bytes [expect, next) are decided. Comes before the bytes are sent.
+
+    `fin`: the half ends at `next`. With next where it was it asks whether the flow is still the one that is
+    meant: nothing old is sent on to a new connection.
+    """
 
     flow: Flow
     expect: int
     next: int
-    record: bytes | None
-    window: tuple[int, int] | None
-    mark: bool
+    record: bytes | None = None
+    window: tuple[int, int] | None = None
+    mark: bool = False
+    fin: bool = False
 
 
 class Forward(NamedTuple):

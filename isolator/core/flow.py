@@ -3,14 +3,16 @@
 A flow's state:
 
     OPEN ──denied──▶ DRAINING ──answers done──▶ ANSWERED ──acknowledged──▶ CLOSED
-      │                                            ▲                        ▲
-      ├──denied, nothing under way─────────────────┘                        │
-      └──mismatch, not HTTP, state lost─────────────────────────────────────┘
+      │                  │                         ▲                         ▲
+      ├──denied, nothing under way─────────────────┘                         │
+      │                  └──the server closes──▶ ENDING ──delivered──────────┤
+      └──mismatch, not HTTP, state lost──────────────────────────────────────┘
 
 OPEN      requests are decided one by one
 DRAINING  the request is denied; answers to earlier ones are still on their way to the client, through Python
+ENDING    the server closed behind them, so that no denial can follow: they are delivered, then both ends reset
 ANSWERED  the denial stands right behind them, and is sent again until the client acknowledges it
-CLOSED    whatever comes is swallowed, until the flow is forgotten
+CLOSED    whatever comes is swallowed or reset, until the flow is forgotten
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ class FlowState(Protocol):
 class State(Enum):
     OPEN = auto()
     DRAINING = auto()
+    ENDING = auto()
     ANSWERED = auto()
     CLOSED = auto()
 
@@ -101,13 +104,16 @@ class Flow:
         "initiator",
         "key",
         "mark_ack",
+        "more",
         "profile",
         "promised",
         "record",
         "request",
         "requests",
         "resends",
+        "resets",
         "server_at",
+        "server_needed",
         "state",
         "stream",
         "template",
@@ -128,7 +134,8 @@ class Flow:
         self.profile = profile
         self.generation = pinned.generation
         self.incarnation = pinned.incarnation
-        self.state = State.OPEN
+        # denied or reset by an agent before this one: what it meant to say is lost
+        self.state = State.CLOSED if client.owner is Owner.CLOSED else State.OPEN
         self.wire: list[tuple[int, bytes]] = []  # where the table finds it
 
         # the client's half
@@ -141,6 +148,7 @@ class Flow:
         self.acked = client.acked
         self.fin_at: int | None = None  # where the client's FIN stands
         self.held_since: float | None = None
+        self.more = False  # held bytes that were not read for want of time
         self.promised: int | None = None  # held bytes up to here were acknowledged in the server's name
         # the client's newest frame (isolator.core.segments)
         self.template: SegmentTemplate | None = None
@@ -167,7 +175,9 @@ class Flow:
         self.answer_at = 0
         self.client_end = 0  # up to where the client's bytes have been taken
         self.client_fin = False
+        self.server_needed = False  # it may have to send earlier answers again
         self.resends = 0
+        self.resets = 16  # that may still be sent
         self.until = 0.0  # s; patience ends
         self.wake_at: float | None = None  # s; when time has to be looked at
 
@@ -194,6 +204,10 @@ class FlowTable:
         for name in flow.wire:
             self._flows[name] = flow
         self._all[flow.key] = flow
+
+    def get(self, key: bytes) -> Flow | None:
+        """By its pinned key (struct flow_key)."""
+        return self._all.get(key)
 
     def remove(self, key: bytes) -> None:
         flow = self._all.pop(key, None)

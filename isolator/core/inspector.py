@@ -26,7 +26,7 @@ from isolator.core.segments import remember, to_client, to_server
 from parsers.errors import HeldFull, OutOfWindow, Overlap
 from parsers.http1 import Request
 from parsers.packet import ACK, FIN, PSH, RST, Segment
-from parsers.reassembly import seq_lt, seq_sub
+from parsers.reassembly import seq_le, seq_lt, seq_sub
 
 RECORD_UNACKED_MAX = 262_144  # bytes forwarded and not yet acknowledged, per flow: beyond it the client waits
 WINDOWS_UNACKED_MAX = 1024  # pass windows not yet acknowledged, per flow: likewise
@@ -34,12 +34,14 @@ ACK_AFTER = 0.02  # s; an incomplete head is acknowledged then, or Nagle's algor
 HEAD_WITHIN = 60.0  # s; a head that takes longer ends the connection
 RESEND_AFTER = 0.3  # s, doubled each time: bytes acknowledged in the server's name are ours to deliver
 RESENDS_MAX = 8
+UNANSWERED_MAX = 1024  # requests whose answers are followed; of more, nobody knows where they end
+PROMISE_WINDOW = 1024  # unscaled, in acknowledgements in the server's name: what follows has to be held
 REPORTS_PER_SECOND = 100.0  # records of allowed requests; all are counted, the others always recorded
 REPORTS_BURST = 200.0
 
 _MASK = 0xFFFFFFFF
 
-Ordered = tuple[bytes, bool]  # new bytes at the boundary, and whether they already stand in the stream
+Ordered = tuple[bytes, bool]  # new bytes at the boundary, and whether the frame in hand carries just these
 
 
 class Inspector:
@@ -50,17 +52,28 @@ class Inspector:
         self.counts: Counter[RuleRef] = Counter()
         self._waking: set[Flow] = set()
         self._reports, self._reported = REPORTS_BURST, 0.0
-        self._profiles: dict[tuple[int, int], Profile] = {}
+        self._policies: dict[int, Mapping[int, Profile]] = {}  # by generation
         self._judge = Judge()
         self.generation = 0
-        self.change_policy(profiles, generation)
+        self.prepare_policy(profiles, generation)
 
-    def change_policy(self, profiles: Mapping[int, Profile], generation: int) -> None:
-        """From here on these decide, live connections included. The generation before stays known: until the
-        kernel has changed over, and for frames that it punted before, it is the one that counts."""
-        before = {of: profile for of, profile in self._profiles.items() if of[0] == self.generation}
-        self._profiles = before | {(generation, number): profile for number, profile in profiles.items()}
+    # -- policy ---------------------------------------------------------------------------------------------
+
+    def prepare_policy(self, profiles: Mapping[int, Profile], generation: int) -> None:
+        """Before the kernel changes over. Frames that it punted under an older one are decided by that one."""
+        self._policies[generation] = profiles
         self.generation = generation
+        self._judge.forget()
+
+    def policy_in_force(self, generation: int) -> None:
+        """After the kernel has: of older ones only the one before is kept, for frames that are under way."""
+        before = max((each for each in self._policies if each != generation), default=generation)
+        self._policies = {each: self._policies[each] for each in {before, generation}}
+
+    def discard_policy(self, generation: int) -> None:
+        """The kernel did not."""
+        self._policies.pop(generation, None)
+        self.generation = max(self._policies, default=0)
         self._judge.forget()
 
     # -- flows ----------------------------------------------------------------------------------------------
@@ -74,14 +87,15 @@ class Inspector:
 
     def adopt(self, key: bytes, where: int, wire: bytes, pinned: FlowState) -> Flow | None:
         """Takes up a flow as it is pinned in the kernel, or brings one that is known up to date."""
-        profile = self._profiles.get((pinned.generation, pinned.profile))
+        profile = self._policies.get(pinned.generation, {}).get(pinned.profile)
         if not pinned.live or profile is None:
             return None
         flow = self.flows.find(where, wire)
-        if flow is not None and flow.incarnation == pinned.incarnation:
-            flow.generation, flow.profile = pinned.generation, profile
-            return flow
         if flow is not None:
+            known = flow.incarnation == pinned.incarnation
+            if known and (flow.state is not State.OPEN or flow.next == pinned.client.next):
+                flow.generation, flow.profile = pinned.generation, profile
+                return flow
             self.forget(flow)
         flow = Flow(key, where >> 1, pinned, profile)
         self.flows.add(flow, where, wire)
@@ -91,9 +105,27 @@ class Inspector:
         self._waking.discard(flow)
         self.flows.remove(flow.key)
 
+    def forget_flow(self, key: bytes, incarnation: int) -> None:
+        """The kernel has."""
+        flow = self.flows.get(key)
+        if flow is not None and flow.incarnation == incarnation:
+            self.forget(flow)
+
+    def forget_endpoint(self, number: int) -> None:
+        """Its flows are no more; another endpoint may get the number."""
+        for flow in self.flows:
+            if flow.endpoint == number:
+                self.forget(flow)
+
+    def acknowledged(self, key: bytes, incarnation: int, acked: int) -> None:
+        """What the kernel knows of a flow that may have been quiet since: lets go of what is kept for it."""
+        flow = self.flows.get(key)
+        if flow is not None and flow.incarnation == incarnation:
+            self.committed(flow, acked)
+
     def committed(self, flow: Flow, acked: int) -> None:
         """A Commit took effect; the server has acknowledged the client's half up to `acked`."""
-        if acked != flow.acked:
+        if seq_lt(flow.acked, acked):
             flow.acked = acked
             flow.record.acknowledge(acked)
             while flow.windows and not seq_lt(acked, flow.windows[0][1]):
@@ -122,17 +154,22 @@ class Inspector:
         ordered = self._order(flow, segment, packet, now)
         if isinstance(ordered, list):
             return self._scheduled(flow, ordered)
-        return self._scheduled(flow, self._decide(flow, segment, packet, ordered, now))
+        data, whole = ordered
+        judged = self._judge(flow, data)
+        if whole and judged.end < len(data):
+            remember(flow, segment, packet)
+        return self._scheduled(flow, self._decide(flow, data, judged, whole, segment.ack, now))
 
-    def tick(self, now: float) -> list[Command]:
-        """What time alone brings about; to be called some fifty times a second."""
-        commands: list[Command] = []
-        for flow in [flow for flow in self._waking if flow.wake_at is None or flow.wake_at <= now]:
-            self._waking.discard(flow)
-            flow.wake_at = None
-            due = self._waited(flow, now) if flow.state is State.OPEN else closing.tick(flow, now)
-            commands += self._scheduled(flow, due)
-        return commands
+    def due(self, now: float) -> list[Flow]:
+        """Flows that waited for this moment; to be asked for some fifty times a second, and then to be woken."""
+        return [flow for flow in self._waking if flow.wake_at is None or flow.wake_at <= now]
+
+    def wake(self, flow: Flow, now: float) -> list[Command]:
+        """What time alone brings about."""
+        self._waking.discard(flow)
+        flow.wake_at = None
+        commands = self._waited(flow, now) if flow.state is State.OPEN else closing.tick(flow, now)
+        return self._scheduled(flow, commands)
 
     @property
     def waiting(self) -> bool:
@@ -156,27 +193,25 @@ class Inspector:
         stream = flow.stream
         lead = seq_sub(stream.next, segment.seq)
         if lead == 0 and data and not stream.held and not segment.flags & (FIN | RST):
-            return [Drop(DropReason.HELD_FULL)] if self._is_full(flow) else (data, False)
+            return [Drop(DropReason.HELD_FULL)] if self._is_full(flow) else (data, True)
         remember(flow, segment, packet)
+        if segment.flags & RST:
+            return [Drop(DropReason.TCP_FLAGS)] if data else [Forward()]
         if lead > 0:
             known = self._is_known(flow, segment.seq, data[:lead])
             if known is not DropReason.NONE:
                 return closing.abort(flow, known, now)
-        if segment.flags & RST or 0 <= len(data) <= lead:
-            return self._nothing_new(flow, segment, len(data))
+        if 0 <= len(data) <= lead:
+            return self._nothing_new(flow, segment, data)
         if self._is_full(flow):
             return [Drop(DropReason.HELD_FULL)]
-        return self._insert(flow, segment, data, lead, now)
+        return self._insert(flow, segment, data, now)
 
-    def _insert(
-        self, flow: Flow, segment: Segment, data: bytes, lead: int, now: float
-    ) -> Ordered | list[Command]:
+    def _insert(self, flow: Flow, segment: Segment, data: bytes, now: float) -> Ordered | list[Command]:
         """Puts new bytes in sequence, behind those that wait."""
         stream = flow.stream
         if segment.flags & FIN:
             flow.fin_at = (segment.seq + len(data)) & _MASK
-        elif lead >= 0 and not stream.held:
-            return data[lead:], False
         try:
             stream.insert(segment.seq, data)
         except Overlap:
@@ -186,18 +221,28 @@ class Inspector:
         except HeldFull:
             return [Drop(DropReason.HELD_FULL)]
         ready = bytes(stream.data)
-        return (ready, True) if ready else []
+        return (ready, False) if ready else []
 
-    def _nothing_new(self, flow: Flow, segment: Segment, length: int) -> list[Command]:
-        """A retransmission, an acknowledgement, a FIN or a RST without new bytes."""
-        if not segment.flags & FIN or segment.flags & RST:
+    def _nothing_new(self, flow: Flow, segment: Segment, data: bytes) -> list[Command]:
+        """A retransmission, an acknowledgement or a FIN without new bytes. Of what was acknowledged nothing goes on."""
+        if not data and not segment.flags & FIN:
             return [Forward()]
-        flow.fin_at = (segment.seq + length) & _MASK
-        if seq_lt(flow.next, flow.fin_at):  # bytes before it are held or missing: it goes with them
-            return []
-        if flow.fin_at != flow.next:
-            return [Forward()]
-        return [to_server(flow, flow.next, b"", FIN | ACK)]
+        end = (segment.seq + len(data)) & _MASK
+        if segment.flags & FIN:
+            if seq_lt(flow.next, end):  # bytes before it are held or missing: it goes with them
+                flow.fin_at = end
+                return []
+            if end != flow.next and not any(
+                seq_le(start, end) and seq_lt(end, stop) for start, stop in flow.windows
+            ):  # it would cut a message that was read
+                return [Drop(DropReason.TCP_STATE)]
+        same = Commit(flow, flow.next, flow.next, fin=bool(segment.flags & FIN))
+        old = seq_sub(flow.acked, segment.seq)
+        if old <= 0 and data:
+            return [same, Forward()]
+        rest = data[old:] if old > 0 else data
+        flags = ACK | (PSH if rest else 0) | segment.flags & FIN
+        return [same, *to_server(flow, (end - len(rest)) & _MASK, rest, flags)]
 
     def _is_known(self, flow: Flow, seq: int, old: bytes) -> DropReason:
         """Whether bytes below the boundary are those that were forwarded, or may be anything (R5)."""
@@ -226,80 +271,88 @@ class Inspector:
     # -- judge, accept, deny --------------------------------------------------------------------------------
 
     def _decide(
-        self, flow: Flow, segment: Segment, packet: memoryview, ordered: Ordered, now: float
+        self, flow: Flow, data: bytes, judged: Judged, whole: bool, ack: int, now: float
     ) -> list[Command]:
-        data, in_stream = ordered
-        judged = self._judge(flow, data)
+        """`whole`: these bytes are the frame in hand; otherwise they stand in the stream."""
         commands: list[Command] = []
         if judged.end:
-            self._accept(flow, segment, packet, ordered, judged, commands, now)
+            self._accept(flow, data, whole, ack, judged, commands, now)
         for decision, request in judged.decided:
             self._report(flow, decision, request, now, commands)
         left = len(data) - judged.end
+        flow.more = judged.more
         if left <= 0:
             flow.held_since = None
             return commands
-        if flow.template is None or not in_stream:
-            remember(flow, segment, packet)
         if judged.denied is not None:
             return commands + closing.deny(flow, left, judged.denied, judged.request, now)
-        if not in_stream:
+        if whole:
             flow.stream.insert(flow.next, data[judged.end :])
-        if flow.fin_at is not None and flow.fin_at == (flow.next + left) & _MASK:  # it will never be complete
-            return commands + closing.abort(flow, DropReason.HTTP_MALFORMED, now)
+        if flow.fin_at is not None and flow.fin_at == (flow.next + left) & _MASK and not judged.more:
+            return commands + closing.abort(flow, DropReason.HTTP_MALFORMED, now)  # it will never be complete
+        return commands + self._hold(flow, judged, left, now)
+
+    def _hold(self, flow: Flow, judged: Judged, left: int, now: float) -> list[Command]:
+        """Bytes that wait for their rest; sent again, they are acknowledged again."""
         if flow.held_since is None or judged.end:
             flow.held_since = now
-        flow.wake_at = now + ACK_AFTER
-        return commands
+        if judged.more:
+            flow.wake_at = now
+        elif flow.promised == (flow.next + left) & _MASK:
+            flow.wake_at = now + HEAD_WITHIN / 4
+            return [to_client(flow, flow.client_at, flow.promised, b"", ACK, PROMISE_WINDOW)]
+        else:
+            flow.wake_at = now + ACK_AFTER
+        return []
 
     def _accept(
         self,
         flow: Flow,
-        segment: Segment,
-        packet: memoryview,
-        ordered: Ordered,
+        data: bytes,
+        whole: bool,
+        ack: int,
         judged: Judged,
         commands: list[Command],
         now: float,
     ) -> None:
         """Moves the boundary, then sends: the frame itself where all of it passes, else what passes of it."""
-        data, in_stream = ordered
         expect = flow.next
         following = (expect + judged.end) & _MASK
         record = data[: judged.recorded]
         flow.record.append(expect, record)
         if judged.window is not None:
             flow.windows.append(judged.window)
-        mark = self._marks(flow, segment, judged)
-        commands.append(Commit(flow, expect, following, record, judged.window, mark))
-        flow.stream.consume(judged.end)
-        if judged.end >= len(data) and not in_stream:
-            commands.append(Forward())
-            return
-        remember(flow, segment, packet)
         passed = data[: judged.end]
         ends = flow.fin_at == (expect + len(passed)) & _MASK
-        commands.append(to_server(flow, expect, passed, PSH | ACK | (FIN if ends else 0)))
+        mark = self._marks(flow, ack, judged)
+        commands.append(Commit(flow, expect, following, record, judged.window, mark, ends))
+        flow.stream.consume(judged.end)
+        if whole and judged.end >= len(data):
+            commands.append(Forward())
+            return
+        commands += to_server(flow, expect, passed, PSH | ACK | (FIN if ends else 0))
         if flow.promised is not None:
             flow.resends, flow.wake_at = 0, now + RESEND_AFTER
 
-    def _marks(self, flow: Flow, segment: Segment, judged: Judged) -> bool:
+    def _marks(self, flow: Flow, ack: int, judged: Judged) -> bool:
         """Whether the answers to these requests begin where the server stands now: not if the client sent them
         before it had seen anything of the answer to the last ones."""
         if not judged.methods:
             return False
         flow.requests += len(judged.methods)
-        if flow.unanswered and flow.mark_ack == segment.ack:
+        if flow.unanswered and flow.mark_ack == ack:
             flow.unanswered += judged.methods
+            if len(flow.unanswered) > UNANSWERED_MAX:
+                flow.unanswered = None
             return False
         flow.unanswered = list(judged.methods)
-        flow.mark_ack = segment.ack
+        flow.mark_ack = ack
         return True
 
     def _report(
         self, flow: Flow, decision: Decision, request: Request | None, now: float, commands: list[Command]
     ) -> None:
-        if decision.rule is not None:
+        if decision.rule is not None and not decision.trial:
             self.counts[decision.rule] += 1
         if not (decision.audit or decision.trial):
             self._reports += max(0.0, now - self._reported) * REPORTS_PER_SECOND
@@ -313,6 +366,9 @@ class Inspector:
 
     def _waited(self, flow: Flow, now: float) -> list[Command]:
         """An incomplete head waits for its rest: acknowledged in the server's name, or the rest may never come."""
+        if flow.more:
+            data = bytes(flow.stream.data)
+            return self._decide(flow, data, self._judge(flow, data), False, flow.client_at, now)
         if flow.held_since is None:
             return [] if flow.promised is None else [Read(flow)]
         if now - flow.held_since > HEAD_WITHIN:
@@ -322,7 +378,7 @@ class Inspector:
         if flow.promised == end:
             return []
         flow.promised = end
-        return [to_client(flow, flow.client_at, end, b"", ACK)]
+        return [to_client(flow, flow.client_at, end, b"", ACK, PROMISE_WINDOW)]
 
     def _deliver(self, flow: Flow, now: float) -> list[Command]:
         """What was promised to the client must reach the server: sent again until the server says so."""
@@ -333,4 +389,4 @@ class Inspector:
         if flow.resends > RESENDS_MAX:
             return closing.abort(flow, DropReason.STATE_LOST, now)
         flow.wake_at = now + RESEND_AFTER * 2**flow.resends
-        return [to_server(flow, flow.acked, flow.record.since(flow.acked), PSH | ACK)]
+        return [*to_server(flow, flow.acked, flow.record.since(flow.acked), PSH | ACK)]

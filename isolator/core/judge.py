@@ -10,6 +10,7 @@ from parsers.errors import DissectError, HttpAmbiguous, HttpMalformed, HttpTooLo
 from parsers.http1 import Mode, PieceKind, Request, RequestDissector
 
 CACHE_MAX = 4096  # decided heads kept per profile; beyond that the profile's cache starts anew
+PIECES_MAX = 4096  # read at a time, some milliseconds' work: tiny chunks must not hold up the others
 HEAD_CACHED_MAX = 2048  # bytes; longer heads are rare and would fill memory
 
 _MASK = 0xFFFFFFFF
@@ -33,6 +34,7 @@ class Judged:
     methods: tuple[str, ...] = ()
     decided: tuple[tuple[Decision, Request | None], ...] = ()
     denied: Decision | None = None
+    more: bool = False  # it stopped for want of time
     request: Request | None = None  # the denied one
 
 
@@ -48,10 +50,14 @@ class Judge:
 
     def __call__(self, flow: Flow, data: bytes) -> Judged:
         """Moves the flow's dissector on, up to the first head that is denied or the first piece that is not whole."""
-        judged = Judged()
+        judged, pieces = Judged(), 0
         dissector = flow.dissector
         try:
             while judged.end < len(data):
+                if pieces == PIECES_MAX:
+                    judged.more = True
+                    break
+                pieces += 1
                 if dissector.mode == Mode.HEAD:
                     if not self._head(flow, data, judged):
                         break

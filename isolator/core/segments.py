@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from isolator.core.commands import Send
 from isolator.core.flow import Flow
-from parsers.packet import ACK, FIN, RST, SYN, Segment, SegmentTemplate
+from parsers.packet import ACK, FIN, PSH, RST, SYN, Segment, SegmentTemplate
 
+SEGMENT_MAX = 32768  # bytes of payload of one built segment; an IPv4 packet has room for 65,495
 WINDOW = 65535  # of injected segments: unscaled, as good as any for a connection about to end
+_MASK = 0xFFFFFFFF
 
 
 def remember(flow: Flow, segment: Segment, packet: memoryview) -> None:
@@ -21,31 +23,42 @@ def remember(flow: Flow, segment: Segment, packet: memoryview) -> None:
     flow.client_at = segment.ack
 
 
-def to_server(flow: Flow, seq: int, payload: bytes, flags: int) -> Send:
+def to_server(flow: Flow, seq: int, payload: bytes, flags: int) -> list[Send]:
+    """As many segments as it takes; PSH and FIN stand on the last."""
     assert flow.template is not None
-    frame = flow.template.build(seq, flow.client_at, flags, payload, flow.window, flow.timestamps)
-    return Send(flow.endpoint, flow.initiator, frame)
+    sends = []
+    for at in range(0, max(len(payload), 1), SEGMENT_MAX):
+        part = payload[at : at + SEGMENT_MAX]
+        last = at + SEGMENT_MAX >= len(payload)
+        frame = flow.template.build(
+            (seq + at) & _MASK, flow.client_at, flags if last else flags & ~(PSH | FIN), part,
+            flow.window, flow.timestamps,
+        )  # fmt: skip
+        sends.append(Send(flow.endpoint, flow.initiator, frame))
+    return sends
 
 
-def to_client(flow: Flow, seq: int, ack: int, payload: bytes, flags: int) -> Send:
-    assert flow.template is not None
+def to_client(flow: Flow, seq: int, ack: int, payload: bytes, flags: int, window: int = WINDOW) -> Send:
+    """One segment of at most SEGMENT_MAX bytes."""
+    assert flow.template is not None and len(payload) <= SEGMENT_MAX
     stamps = None if flow.timestamps is None else (flow.timestamps[1], flow.timestamps[0])
-    frame = flow.template.reversed().build(seq, ack, flags, payload, WINDOW, stamps)
+    frame = flow.template.reversed().build(seq, ack, flags, payload, window, stamps)
     return Send(flow.endpoint, flow.initiator.other, frame)
 
 
-def resets(flow: Flow) -> list[Send]:
-    """Ends both sides; each reset stands exactly where its receiver waits (RFC 5961 section 3.2)."""
-    return [
-        to_client(flow, flow.client_at, flow.client_end or flow.next, b"", RST | ACK),
-        to_server(flow, flow.next, b"", RST | ACK),
-    ]
+def resets(flow: Flow, server_waits: int) -> list[Send]:
+    """Ends both sides; each reset stands where its receiver waits (RFC 5961 section 3.2). The server may have more
+    than it has acknowledged: so it gets one at the boundary, too."""
+    sends = [to_client(flow, flow.client_at, flow.client_end or flow.next, b"", RST | ACK)]
+    for seq in dict.fromkeys((server_waits, flow.next)):
+        sends += to_server(flow, seq, b"", RST | ACK)
+    return sends
 
 
 def refusals(segment: Segment, packet: memoryview) -> tuple[bytes, bytes]:
     """Resets for a connection that cannot be, to a frame's sender and to its receiver (RFC 9293 section 3.5.2)."""
     template = SegmentTemplate.like(packet, segment)
     length = segment.payload_length + bool(segment.flags & SYN) + bool(segment.flags & FIN)
-    end = (segment.seq + length) & 0xFFFFFFFF
+    end = (segment.seq + length) & _MASK
     back = template.reversed().build(segment.ack if segment.flags & ACK else 0, end, RST | ACK, b"", 0)
     return back, template.build(segment.seq, segment.ack, RST | ACK, b"", 0)

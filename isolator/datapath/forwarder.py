@@ -3,15 +3,19 @@
     ring → five-tuple → flow (adopted from its pinned state where it is new here) → inspector → commands → done
 
 A frame that cannot be read, whose checksum is wrong or whose flow nobody knows goes nowhere: the sender will send
-it again, and by then more may be known.
+it again, and by then more may be known. One that makes Python itself fail is dropped and counted (INTERNAL); what was
+believed of its flow is forgotten, and read again from the kernel with the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
+
+import structlog
 
 from isolator.core.commands import Command, Commit, Delete, Drop, Forward, Own, Read, Report, Send
 from isolator.core.flow import Flow
@@ -24,13 +28,17 @@ from isolator.datapath.flow7 import FlowCommands, Outcome
 from isolator.datapath.ring import Frame, Ring
 from isolator.datapath.sender import Sender
 from parsers.errors import DissectError
+from parsers.icmp import unreachable
 from parsers.packet import Segment, parse_segment, tcp_checksum_ok
 
 SPIN = 60e-6  # s that the loop waits for a frame before it sleeps: a wake-up costs about as much
 TURN = 2e-3  # s after which other work of the process has its turn
 BATCH = 64  # frames taken from the ring at once
+REFUSALS_PER_SECOND = 1000  # resets and ICMP errors for what layer 4 refuses (RFC 4443 section 2.4 f)
 _TCP = 6
 _CHECKSUM_KNOWN = 3  # VIRTIO_NET_HDR_F_NEEDS_CSUM | F_DATA_VALID: the kernel made or checked it
+
+log = structlog.get_logger()
 
 Reporter = Callable[[Report, float], None]
 
@@ -64,13 +72,14 @@ class Forwarder:
         self._inspector = inspector
         self._ports = ports
         self._report = report
+        self._refused_at, self._refusals = 0, 0
         self.drops: Counter[DropReason] = Counter()
 
     # -- the loop -------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
         """Handles what is there, then sleeps. True: its turn is over and more is waiting; call it again."""
-        control, poll, handle = self._pinned.control, self._ring.poll, self._handle
+        control, poll, handle = self._pinned.control, self._ring.poll, self._guarded
         self._doorbell.clear()
         control.need_wakeup = False
         began = quiet_since = time.perf_counter()
@@ -91,17 +100,43 @@ class Forwarder:
     def _awake(self, frames: list[Frame]) -> bool:
         """A frame came while the bell was being set: it would not have rung."""
         for frame in frames:
-            self._handle(frame)
+            self._guarded(frame)
         return True
 
     def tick(self, now: float) -> None:
         """`now`: seconds, of the clock that stamps frames (CLOCK_REALTIME)."""
-        self._do(self._inspector.tick(now), None, now)
+        for flow in self._inspector.due(now):
+            try:
+                self._do(self._inspector.wake(flow, now), None, now)
+            except Exception as error:  # one flow's must not be the others'
+                self._failed(error)
+                self._inspector.forget(flow)
+
+    def _guarded(self, frame: Frame) -> None:
+        try:
+            self._handle(frame)
+        except Exception as error:  # no packet may end the agent, or take others with it
+            self._failed(error)
+            with contextlib.suppress(DissectError):
+                flow = self._inspector.flows.find(frame.context & 0xFFFF, parse_segment(frame.packet).key)
+                if flow is not None:
+                    self._inspector.forget(flow)
+
+    def _failed(self, error: Exception) -> None:
+        """Told the 1st, 2nd, 4th, 8th … time."""
+        self.drops[DropReason.INTERNAL] += 1
+        count = self.drops[DropReason.INTERNAL]
+        if count & (count - 1) == 0:
+            log.error("the slow path failed", count=count, exc_info=error)
 
     # -- one frame ------------------------------------------------------------------------------------------
 
     def _handle(self, frame: Frame) -> None:
         packet, context = frame.packet, frame.context
+        reason = context >> 16 & 0xFF
+        if reason in (PuntReason.RESET, PuntReason.STATE_LOST):
+            self._refuse(packet, context, both=reason == PuntReason.STATE_LOST)
+            return
         try:
             segment = parse_segment(packet)
         except DissectError:
@@ -109,10 +144,6 @@ class Forwarder:
             return
         if not frame.vnet_packet[0] & _CHECKSUM_KNOWN and not tcp_checksum_ok(packet, segment):
             self.drops[DropReason.BAD_CHECKSUM] += 1
-            return
-        reason = context >> 16 & 0xFF
-        if reason in (PuntReason.RESET, PuntReason.STATE_LOST):
-            self._refuse(segment, packet, context, both=reason == PuntReason.STATE_LOST)
             return
         inspector = self._inspector
         flow = inspector.find(context & 0xFFFF, segment.key, context >> 24) or self._adopt(
@@ -137,12 +168,22 @@ class Forwarder:
             return None
         return self._inspector.adopt(key, context & 0xFFFF, segment.key, pinned)
 
-    def _refuse(self, segment: Segment, packet: memoryview, context: int, both: bool) -> None:
-        """Resets the sender of a frame, and where a connection was cut off, its other end."""
-        direction = Direction.INGRESS if context & 1 else Direction.EGRESS
-        back, on = refusals(segment, packet)
+    def _refuse(self, packet: memoryview, context: int, both: bool) -> None:
+        """Answers the sender of a frame with a reset or an ICMP error; a connection cut off is told to both ends."""
         ports = self._ports.get((context & 0xFFFF) >> 1)
-        if ports is None:
+        second = int(time.monotonic())
+        if second != self._refused_at:
+            self._refused_at, self._refusals = second, 0
+        self._refusals += 1
+        if ports is None or self._refusals > REFUSALS_PER_SECOND:
+            return
+        direction = Direction.INGRESS if context & 1 else Direction.EGRESS
+        try:
+            back, on = refusals(parse_segment(packet), packet)
+        except DissectError:
+            error = unreachable(packet)
+            if error is not None:
+                self._sender.send(ports[direction.other], error)
             return
         self._sender.send(ports[direction.other], back)
         if both:
@@ -178,7 +219,8 @@ class Forwarder:
         flow = c.flow
         answer = self._pinned.commands.commit(
             flow.key, flow.initiator, flow.incarnation, c.expect, c.next,
-            mode=flow.dissector.mode, remaining=flow.dissector.remaining, window=c.window, mark=c.mark,
+            mode=flow.dissector.mode, remaining=flow.dissector.remaining,
+            window=c.window, mark=c.mark, fin=c.fin,
             record=(c.expect, c.record) if c.record is not None and len(c.record) <= RECORD_MAX else None,
         )  # fmt: skip
         if answer.outcome is Outcome.OK:
@@ -195,9 +237,11 @@ class Forwarder:
             flow = command.flow
             self._pinned.commands.own(flow.key, command.half, flow.incarnation, command.owner)
         elif isinstance(command, Read):
-            pinned = self._pinned.flow7(command.flow.key)
-            if pinned is not None:
-                self._do(self._inspector.resume(command.flow, pinned, now), frame, now)
+            flow, pinned = command.flow, self._pinned.flow7(command.flow.key)
+            if pinned is not None and pinned.incarnation == flow.incarnation:
+                self._do(self._inspector.resume(flow, pinned, now), frame, now)
+            else:
+                self._inspector.forget(flow)
         else:
             self._pinned.commands.delete(command.flow.key, command.flow.incarnation)
             self._inspector.forget(command.flow)

@@ -48,6 +48,10 @@ PLAIN = rule("plain")
 WATCH = rule("watch", line("/api/watched"), action=Action.AUDIT)
 TUNNEL = rule("tunnel", line(None, "CONNECT"))
 
+NO_HOST = rule("no-host", HttpRule(hosts=(HostPattern("admin.local"),)), action=Action.DENY)
+TENANT = rule("tenant", line(x_tenant="a"))
+NOT_B = rule("not-b", line(x_tenant="b"), action=Action.DENY)
+
 DECISIONS = [
     ((READ,), Ask(path="/api/x"), "ALLOW", "NONE", "read"),
     ((READ,), Ask("HEAD", "/api"), "ALLOW", "NONE", "read"),
@@ -71,6 +75,16 @@ DECISIONS = [
     ((TUNNEL,), Ask("CONNECT", ""), "ALLOW", "NONE", "tunnel"),
     ((PLAIN, rule("d", line(), action=Action.DENY)), Ask("CONNECT", ""), "DROP", "HTTP_DENY", "d"),
     ((PLAIN, NO_ADMIN), Ask("CONNECT", ""), "DROP", "HTTP_NO_RULE", "no-admin"),
+    ((READ,), Ask(path="/api/x", readings=("/api/y/../x",)), "ALLOW", "NONE", "read"),
+    ((READ,), Ask(path="/api/x", readings=("/x/../api/x",)), "DROP", "HTTP_NO_RULE", "read"),
+    ((PLAIN, NO_ADMIN), Ask(path="/api/x", readings=("/api/admin/../x",)), "DROP", "HTTP_DENY", "no-admin"),
+    ((PLAIN, NO_HOST), Ask(host=None), "DROP", "HTTP_DENY", "no-host"),
+    ((PLAIN, NO_HOST), Ask(host="admin.local"), "DROP", "HTTP_DENY", "no-host"),
+    ((PLAIN, NO_HOST), Ask(host="api.local"), "ALLOW", "NONE", "plain"),
+    ((TENANT,), Ask(headers=(("x-tenant", "a"),)), "ALLOW", "NONE", "tenant"),
+    ((TENANT,), Ask(headers=(("x_tenant", "a"),)), "DROP", "HTTP_NO_RULE", "tenant"),
+    ((TENANT,), Ask(headers=(("x-tenant", "a"), ("x_tenant", "b"))), "DROP", "HTTP_NO_RULE", "tenant"),
+    ((PLAIN, NOT_B), Ask(headers=(("x_tenant", "b"),)), "DROP", "HTTP_DENY", "not-b"),
 ]
 
 

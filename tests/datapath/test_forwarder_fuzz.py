@@ -12,25 +12,17 @@ import itertools
 import random
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import httptools  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import pytest
 
 from isolator.core.flow import HELD_MAX
 from isolator.core.inspector import RECORD_UNACKED_MAX, Inspector
-from isolator.core.model import Decision, RuleRef, Verdict
-from isolator.core.pattern import PathPattern
-from isolator.core.policy import HttpRule, Outcome, Profile, Ruling
-from isolator.datapath.doorbell import Doorbell
-from isolator.datapath.forwarder import Forwarder
-from isolator.datapath.ring import packet_socket
-from isolator.datapath.sender import Sender
 from parsers.errors import DissectError
 from parsers.http1 import Mode, PieceKind, RequestDissector
-from parsers.packet import ACK, FIN, PSH, RST, SYN, URG, VNET, SegmentTemplate, parse_segment
-from tests.bpf.bench import CONTAINER, CONTAINER_MAC, ENDPOINT, GATEWAY_MAC, PEER, PROFILE, Bench, bench
+from parsers.packet import ACK, FIN, PSH, RST, SYN, URG, Segment, parse_segment
+from tests.datapath import slow_path
+from tests.datapath.slow_path import Place, template
 
 pytestmark = pytest.mark.root
 PACKETS = 10_000
@@ -61,87 +53,25 @@ FORBIDDEN = (
 )
 
 
-def octets(address: str) -> bytes:
-    return bytes(int(part) for part in address.split("."))
-
-
-def mac(text: str) -> bytes:
-    return bytes.fromhex(text.replace(":", ""))
-
-
-def template(port: int) -> SegmentTemplate:
-    """The client's frames."""
-    ports = port.to_bytes(2, "big") + (80).to_bytes(2, "big")
-    return SegmentTemplate(
-        4, mac(CONTAINER_MAC) + mac(GATEWAY_MAC) + b"\x08\x00", octets(PEER), octets(CONTAINER), ports
-    )
-
-
-# -- the place -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Place:
-    """The bench with a forwarder on its ring."""
-
-    bench: Bench
-    forwarder: Forwarder
-    inspector: Inspector
-    servers: dict[int, Server] = field(default_factory=dict)
-
-    def send(self, frame: bytes, from_container: bool = False) -> None:
-        """`frame` with its vnet header; then all that comes of it."""
-        tap = self.bench.container if from_container else self.bench.network
-        tap.send(frame)
-        self.forwarder.run()
-        for where in (self.bench.container, self.bench.network):
-            while True:
-                try:
-                    arrived = where.recv(1 << 17)[VNET:]
-                except BlockingIOError:
-                    break
-                if where is self.bench.container:
-                    self._serve(arrived)
-
-    def _serve(self, frame: bytes) -> None:
-        segment = parse_segment(frame)
-        assert segment.destination_port(frame) == 80
-        server = self.servers.get(segment.source_port(frame))
-        if server is not None:
-            server.take(segment, frame)
-
-
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    line = HttpRule(frozenset({"GET", "HEAD", "POST"}), PathPattern("/api/v1/**"))
-    rule = RuleRef("api", "read")
-    ruling = Ruling(
-        Decision(Verdict.INSPECT, rule=rule), allows=((line, Decision(Verdict.ALLOW, rule=rule)),)
-    )
-    with ExitStack() as stack:
-        b = stack.enter_context(bench())
-        b.reset(flows7_max=10_000)
-        inspector = Inspector(
-            {PROFILE: Profile(PROFILE, Outcome(ruling, ruling, False))}, b.datapath.generation
-        )
-
-        def socket_there():  # type: ignore[no-untyped-def]  # noqa: ANN202
-            with b.namespace.entered():
-                return packet_socket()
-
-        sender = stack.enter_context(Sender(socket_there))
-        sender.add(b.container_port)
-        sender.add(b.network_port)
-        doorbell = Doorbell(b.datapath.doorbell_fd)
-        stack.callback(doorbell.close)
-        ports = {ENDPOINT: (b.container_port, b.network_port)}
-        forwarder = Forwarder(
-            b.datapath, b.ring, doorbell, sender, inspector, ports, lambda report, now: None
-        )
-        yield Place(b, forwarder, inspector)
+    with slow_path.place() as made:
+        yield made
 
 
 # -- the server ----------------------------------------------------------------------------------------------
+
+
+SERVERS: dict[int, Server] = {}  # by the client's port
+
+
+def deliver(place: Place) -> None:
+    """What has reached the container since."""
+    for frame in place.served:
+        segment = parse_segment(frame)
+        assert segment.destination_port(frame) == 80
+        SERVERS[segment.source_port(frame)].take(segment, frame)
+    place.served.clear()
 
 
 class Server:
@@ -156,14 +86,11 @@ class Server:
         self.copies: dict[int, set[int]] = {}
         self.first: dict[int, int] = {}
         self.reached = 0  # in sequence
-        self.ended = False
         self.sent = 0
 
-    def take(self, segment: object, frame: bytes) -> None:
-        at = (segment.seq - self.start) & _MASK  # type: ignore[attr-defined]
-        payload = frame[segment.payload_at : segment.payload_end]  # type: ignore[attr-defined]
-        if segment.flags & RST:  # type: ignore[attr-defined]
-            self.ended = True
+    def take(self, segment: Segment, frame: bytes) -> None:
+        at = (segment.seq - self.start) & _MASK
+        payload = frame[segment.payload_at : segment.payload_end]
         for offset, value in enumerate(payload, at):
             assert offset < 1 << 20, "a byte that no client sent"
             self.copies.setdefault(offset, set()).add(value)
@@ -244,7 +171,7 @@ class Client:
         self.place, self.honest, self.packets = place, honest, 0
         self.isn = self.dice.choice((self.dice.randrange(1 << 32), _MASK - self.dice.randrange(3000)))
         self.frames = template(port)
-        self.server = place.servers[port] = Server(place, port, self.isn, self.dice, honest)
+        self.server = SERVERS[port] = Server(place, port, self.isn, self.dice, honest)
         self.requests = [self.dice.choice(ALLOWED) for _ in range(self.dice.randrange(1, 5))]
         if not honest:
             self.requests.insert(self.dice.randrange(len(self.requests) + 1), self.dice.choice(FORBIDDEN))
@@ -256,6 +183,7 @@ class Client:
             frame[0] = 0
         self.packets += 1
         self.place.send(bytes(frame))
+        deliver(self.place)
 
     def run(self) -> None:
         self.send(-1, b"", SYN)

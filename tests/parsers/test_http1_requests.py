@@ -84,6 +84,12 @@ def pieces(dissector: RequestDissector | AnswerDissector, data: bytes) -> list[t
     (GET + HOST + b"X: " + b"a" * HEAD_MAX, HttpTooLong),
     (GET + HOST + b"X: a\r\n" * 101 + b"\r\n", HttpTooLong),
     (b"GET /a%2fb HTTP/1.1\r\n" + HOST + b"\r\n", HttpAmbiguous),
+    (GET + HOST + b"Content-Length: 5\r\n\r\n", HttpAmbiguous),
+    (b"HEAD / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n", HttpAmbiguous),
+    (POST + b"Content-Length: 5\r\nContent_Length: 6\r\n\r\n", HttpAmbiguous),
+    (POST + b"transfer_encoding: chunked\r\n\r\n", HttpAmbiguous),
+    (GET + b"Host: admin.local..\r\n\r\n", HttpAmbiguous),
+    (GET + b"Host: .admin\r\n\r\n", HttpAmbiguous),
 ])  # fmt: skip
 def test_what_is_refused(head: bytes, error: type[DissectError]) -> None:
     dissector = RequestDissector()
@@ -107,6 +113,16 @@ def test_what_passes(head: bytes, method: str, path: str, body: int | None) -> N
     piece = RequestDissector().advance(head)
     assert piece is not None and piece.length == len(head) and isinstance(piece.message, Request)
     assert (piece.message.method, piece.message.path, piece.message.body) == (method, path, body)
+
+
+def test_a_hostile_header_line_takes_no_longer_than_another() -> None:
+    """A pattern with two places for white space once took hours for this one."""
+    blank = b"X:" + b" " * 16000
+    with pytest.raises(HttpMalformed):
+        RequestDissector().advance(GET + HOST + blank + b"\x01\r\n\r\n")
+    piece = RequestDissector().advance(GET + HOST + blank + b"a b \t\r\n\r\n")
+    assert piece is not None and isinstance(piece.message, Request)
+    assert piece.message.headers[-1] == ("x", "a b")
 
 
 def test_chunks_with_trailers() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parsers.errors import HttpAmbiguous
-from parsers.path import normalise
+from parsers.path import normalise, readings
 
 
 @pytest.mark.parametrize(("raw", "path"), [
@@ -18,6 +18,17 @@ from parsers.path import normalise
 ])  # fmt: skip
 def test_normalised(raw: str, path: str) -> None:
     assert normalise(raw) == path
+
+
+@pytest.mark.parametrize(("raw", "others"), [
+    ("/a/b", ()), ("/a/%62?x=//", ()), ("/a//b", ("/a//b",)), ("/a/./b", ("/a/./b",)),
+    ("/a/../b", ("/a/../b",)),  # as it came, to those that route by prefix
+    ("/admin//../public/x", ("/admin//../public/x", "/admin/public/x")),  # RFC 3986 section 5.2.4 to the letter
+    ("//public/admin/x", ("//public/admin/x", "/admin/x")),  # `public` taken for a host
+    ("//h/a/../b", ("//h/a/../b", "//h/b", "/b", "/a/../b")),
+])  # fmt: skip
+def test_what_else_it_may_be_read_as(raw: str, others: tuple[str, ...]) -> None:
+    assert set(readings(raw)[1:]) == set(others) - {readings(raw)[0]}
 
 
 @pytest.mark.parametrize("raw", [
