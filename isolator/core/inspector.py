@@ -41,7 +41,7 @@ REPORTS_BURST = 200.0
 
 _MASK = 0xFFFFFFFF
 
-Ordered = tuple[bytes, bool]  # new bytes at the boundary, and whether the frame in hand carries just these
+Fresh = tuple[bytes, bool]  # new bytes at the boundary, and whether the frame in hand carries just these
 
 
 class Inspector:
@@ -151,14 +151,14 @@ class Inspector:
         if context >> 16 & 0xFF == PuntReason.MISMATCH:
             remember(flow, segment, packet)
             return self._scheduled(flow, closing.abort(flow, DropReason.RECORD_MISMATCH, now))
-        ordered = self._order(flow, segment, packet, now)
-        if isinstance(ordered, list):
-            return self._scheduled(flow, ordered)
-        data, whole = ordered
-        judged = self._judge(flow, data)
-        if whole and judged.end < len(data):
-            remember(flow, segment, packet)
-        return self._scheduled(flow, self._decide(flow, data, judged, whole, segment.ack, now))
+        commands, fresh = self._order(flow, segment, packet, now)
+        if fresh is not None:
+            data, whole = fresh
+            judged = self._judge(flow, data)
+            if whole and judged.end < len(data):
+                remember(flow, segment, packet)
+            commands += self._decide(flow, data, judged, whole, segment.ack, now)
+        return self._scheduled(flow, commands)
 
     def due(self, now: float) -> list[Flow]:
         """Flows that waited for this moment; to be asked for some fifty times a second, and then to be woken."""
@@ -188,26 +188,33 @@ class Inspector:
 
     # -- order ----------------------------------------------------------------------------------------------
 
-    def _order(self, flow: Flow, segment: Segment, packet: memoryview, now: float) -> Ordered | list[Command]:
+    def _order(
+        self, flow: Flow, segment: Segment, packet: memoryview, now: float
+    ) -> tuple[list[Command], Fresh | None]:
+        """What becomes of the frame's old bytes, and the new ones that are next to be judged, if any."""
         data = bytes(packet[segment.payload_at : segment.payload_end])
         stream = flow.stream
         lead = seq_sub(stream.next, segment.seq)
         if lead == 0 and data and not stream.held and not segment.flags & (FIN | RST):
-            return [Drop(DropReason.HELD_FULL)] if self._is_full(flow) else (data, True)
+            return ([Drop(DropReason.HELD_FULL)], None) if self._is_full(flow) else ([], (data, True))
         remember(flow, segment, packet)
         if segment.flags & RST:
-            return [Drop(DropReason.TCP_FLAGS)] if data else [Forward()]
+            return [Drop(DropReason.TCP_FLAGS) if data else Forward()], None
         if lead > 0:
             known = self._is_known(flow, segment.seq, data[:lead])
             if known is not DropReason.NONE:
-                return closing.abort(flow, known, now)
+                return closing.abort(flow, known, now), None
         if 0 <= len(data) <= lead:
-            return self._nothing_new(flow, segment, data)
+            return self._nothing_new(flow, segment, data), None
         if self._is_full(flow):
-            return [Drop(DropReason.HELD_FULL)]
-        return self._insert(flow, segment, data, now)
+            return [Drop(DropReason.HELD_FULL)], None
+        again = self._again(flow, segment.seq, data[:lead], ACK) if lead > 0 else []
+        commands, fresh = self._insert(flow, segment, data, now)
+        return again + commands, fresh
 
-    def _insert(self, flow: Flow, segment: Segment, data: bytes, now: float) -> Ordered | list[Command]:
+    def _insert(
+        self, flow: Flow, segment: Segment, data: bytes, now: float
+    ) -> tuple[list[Command], Fresh | None]:
         """Puts new bytes in sequence, behind those that wait."""
         stream = flow.stream
         if segment.flags & FIN:
@@ -215,13 +222,23 @@ class Inspector:
         try:
             stream.insert(segment.seq, data)
         except Overlap:
-            return closing.abort(flow, DropReason.RECORD_MISMATCH, now)
+            return closing.abort(flow, DropReason.RECORD_MISMATCH, now), None
         except OutOfWindow:
-            return [Drop(DropReason.OUT_OF_WINDOW)]
+            return [Drop(DropReason.OUT_OF_WINDOW)], None
         except HeldFull:
-            return [Drop(DropReason.HELD_FULL)]
+            return [Drop(DropReason.HELD_FULL)], None
         ready = bytes(stream.data)
-        return (ready, False) if ready else []
+        return [], (ready, False) if ready else None
+
+    def _again(self, flow: Flow, seq: int, old: bytes, flags: int) -> list[Command]:
+        """Bytes below the boundary that are sent again; of what was acknowledged nothing goes on."""
+        below = max(seq_sub(flow.acked, seq), 0)
+        rest = old[below:]
+        same = Commit(flow, flow.next, flow.next, fin=bool(flags & FIN))
+        return [
+            same,
+            *to_server(flow, (seq + len(old) - len(rest)) & _MASK, rest, flags | (PSH if rest else 0)),
+        ]
 
     def _nothing_new(self, flow: Flow, segment: Segment, data: bytes) -> list[Command]:
         """A retransmission, an acknowledgement or a FIN without new bytes. Of what was acknowledged nothing goes on."""
@@ -236,13 +253,9 @@ class Inspector:
                 seq_le(start, end) and seq_lt(end, stop) for start, stop in flow.windows
             ):  # it would cut a message that was read
                 return [Drop(DropReason.TCP_STATE)]
-        same = Commit(flow, flow.next, flow.next, fin=bool(segment.flags & FIN))
-        old = seq_sub(flow.acked, segment.seq)
-        if old <= 0 and data:
-            return [same, Forward()]
-        rest = data[old:] if old > 0 else data
-        flags = ACK | (PSH if rest else 0) | segment.flags & FIN
-        return [same, *to_server(flow, (end - len(rest)) & _MASK, rest, flags)]
+        if data and not segment.flags & FIN and not seq_lt(segment.seq, flow.acked):
+            return [Commit(flow, flow.next, flow.next), Forward()]
+        return self._again(flow, segment.seq, data, ACK | segment.flags & FIN)
 
     def _is_known(self, flow: Flow, seq: int, old: bytes) -> DropReason:
         """Whether bytes below the boundary are those that were forwarded, or may be anything (R5)."""

@@ -167,8 +167,19 @@ def test_bytes_that_were_acknowledged_go_no_further_whatever_they_are(talk: Conv
     talk.inspector.acknowledged(talk.flow.key, 1, (START + 10) & 0xFFFFFFFF)  # type: ignore[union-attr]
     _, send = talk.client(0, b"X" * 10 + GET[10:])
     assert payload_of(send) == GET[10:] and segment_of(send).seq == (START + 10) & 0xFFFFFFFF
-    commit, send, _ = talk.client(0, b"X" * 10 + GET[10:] + GET)
-    assert isinstance(commit, Commit) and payload_of(send) == GET
+    same, old, commit, new, _ = talk.client(0, b"X" * 10 + GET[10:] + GET)
+    assert isinstance(same, Commit) and payload_of(old) == GET[10:]
+    assert isinstance(commit, Commit) and payload_of(new) == GET
+
+
+def test_the_rest_of_a_body_and_the_next_head_in_one_segment(talk: Conversation) -> None:
+    head = b"POST /api/v1/a HTTP/1.1\r\nHost: api\r\nContent-Length: 10\r\n\r\n"
+    talk.client(0, head + b"01234")
+    same, old, commit, new, _ = talk.client(len(head) + 5, b"56789" + GET)
+    assert isinstance(same, Commit) and payload_of(old) == b"56789"
+    assert isinstance(commit, Commit) and payload_of(new) == GET
+    *_, denied = talk.client(len(head) + 10 + len(GET) - 5, GET[-5:] + DENIED)
+    assert isinstance(denied, Read)
 
 
 def test_what_is_acknowledged_is_let_go(talk: Conversation) -> None:
