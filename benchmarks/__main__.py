@@ -1,7 +1,13 @@
 """`python -m benchmarks quick [--json]`: Isolator and HAProxy in the same place, beside the direct path.
 
-Rounds are interleaved (direct, isolator, haproxy, direct, …) and medians told, with the ratio to direct: an absolute
-figure of a shared machine says little. Every system first has to refuse a forbidden request.
+    direct    client ─── plain          two containers that nobody protects
+    isolator  web ─────── api           two endpoints, through the agent's policy
+    haproxy   client ─── proxy ─── plain
+
+All on one bridge and there all the time, the agent too; rounds are interleaved (direct, isolator, haproxy, direct, …)
+and medians told, with the ratio to direct: an absolute figure of a shared machine says little. Where bytes are counted,
+clients run on the first CPU and servers on the last, or the scheduler's moods decide. Every system first has to
+refuse a forbidden request.
 """
 
 from __future__ import annotations
@@ -11,17 +17,20 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from isolator.lab import ALLOWED, API, DENIED, PREFIX, STATE, Lab, run, wait_for
+from isolator.lab import ALLOWED, API, DENIED, NGINX, PREFIX, Lab, wait_for
 
-ROUNDS = 3
-SECONDS = 2
+ROUNDS = 5
+SECONDS = 1
+PLAIN, PROXY = "10.9.0.5", "10.9.0.6"
+ON_FIRST = ("taskset", "-c", "0")
+ON_LAST = ("taskset", "-c", str((os.cpu_count() or 1) - 1))
 IDLE_SECONDS = 5
 HAPROXY_PORT = 8000
 HAPROXY = f"""\
@@ -35,7 +44,7 @@ defaults
   timeout server 30s
   http-reuse always
 frontend front
-  bind 10.9.0.3:{HAPROXY_PORT}
+  bind {PROXY}:{HAPROXY_PORT}
   acl read method GET HEAD
   acl books path_beg /api/v1/
   acl post method POST
@@ -44,65 +53,75 @@ frontend front
   use_backend uploads if upload
   default_backend api
 backend api
-  server api {API}:80
+  server api {PLAIN}:80
 backend uploads
-  server api {API}:8081
+  server api {PLAIN}:8081
 """
 
 Row = dict[str, str | float | None]
-Measure = Callable[[Lab, str, str], float]  # the lab, base URL for requests, base URL for uploads → a figure
+Measure = Callable[["Lab", "System"], float]
 
 
-def wrk(lab: Lab, base: str, connections: int) -> str:
-    command = ("wrk", "-t1", f"-c{connections}", f"-d{SECONDS}s", "--latency", base + ALLOWED)
-    told = lab.inside("web", *command)
+# -- what is measured --------------------------------------------------------------------------------------
+
+
+def wrk(lab: Lab, system: System, connections: int) -> str:
+    command = ("wrk", "-t1", f"-c{connections}", f"-d{SECONDS}s", "--latency", system.base + ALLOWED)
+    told = lab.inside(system.client, *command)
     if "Non-2xx" in told or "Socket errors" in told:
         raise RuntimeError(f"wrk: errors hide in the figure: {told}")
     return told
 
 
-def requests_per_second(lab: Lab, base: str, upload: str) -> float:
-    return found(r"Requests/sec:\s+([0-9.]+)", wrk(lab, base, 32))
+def requests_per_second(lab: Lab, system: System) -> float:
+    return found(r"Requests/sec:\s+([0-9.]+)", wrk(lab, system, 32))
 
 
-def median_latency(lab: Lab, base: str, upload: str) -> float:
+def median_latency(lab: Lab, system: System) -> float:
     """µs at one connection."""
-    number, unit = re.findall(r"50%\s+([0-9.]+)(us|ms)", wrk(lab, base, 1))[0]
+    number, unit = re.findall(r"50%\s+([0-9.]+)(us|ms)", wrk(lab, system, 1))[0]
     return float(number) * (1000 if unit == "ms" else 1)
 
 
-def bulk(lab: Lab, base: str, upload: str) -> float:
+def bulk(lab: Lab, system: System) -> float:
     """Gbit/s of one TCP flow that layer 4 allows."""
-    told = lab.inside("web", "iperf3", "-c", API, "-p", "9091", "-t", str(SECONDS), "-J")
+    command = ("iperf3", "-c", system.host, "-p", "9091", "-t", str(SECONDS), "-J")
+    told = lab.inside(system.client, *ON_FIRST, *command)
     return float(json.loads(told)["end"]["sum_received"]["bits_per_second"]) / 1e9
 
 
-def upload_rate(lab: Lab, base: str, upload: str) -> float:
+def upload_rate(lab: Lab, system: System) -> float:
     """MB/s of one request with a body of 500 MB."""
-    return posted(lab, upload, 500, 1)
+    return posted(lab, system, 500, 1)
 
 
-def post_rate(lab: Lab, base: str, upload: str) -> float:
+def post_rate(lab: Lab, system: System) -> float:
     """MB/s of 200 requests of 1 MB each on one connection."""
-    return posted(lab, upload, 1, 200)
+    return posted(lab, system, 1, 200)
 
 
 POSTS = """\
-import http.client, sys, time
+import socket, sys, time
 host, port, size, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) << 20, int(sys.argv[4])
-body, peer, began = bytes(size), http.client.HTTPConnection(host, port, timeout=60), time.perf_counter()
+peer, block = socket.create_connection((host, port), timeout=60), bytes(1 << 20)
+peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+head = f"POST /upload?sink HTTP/1.1\\r\\nHost: api\\r\\nContent-Length: {size}\\r\\n\\r\\n".encode()
+began = time.perf_counter()
 for _ in range(count):
-    peer.request("POST", "/upload?sink", body, {"Host": "api"})
-    answer = peer.getresponse()
-    assert answer.status == 200, answer.status
-    answer.read()
+    peer.sendall(head)
+    for _ in range(size >> 20):
+        peer.sendall(block)
+    seen = b""
+    while b"\\r\\n\\r\\n" not in seen or len(seen.partition(b"\\r\\n\\r\\n")[2]) < 64:
+        seen += peer.recv(65536)
+    assert seen.split()[1] == b"200", seen
 print(size * count / 1e6 / (time.perf_counter() - began))
 """
 
 
-def posted(lab: Lab, upload: str, megabytes: int, count: int) -> float:
-    host, _, port = upload.removeprefix("http://").partition(":")
-    return float(lab.inside("web", sys.executable, "-c", POSTS, host, port, str(megabytes), str(count)))
+def posted(lab: Lab, system: System, megabytes: int, count: int) -> float:
+    arguments = (system.host, str(system.upload_port), str(megabytes), str(count))
+    return float(lab.inside(system.client, *ON_FIRST, sys.executable, "-c", POSTS, *arguments))
 
 
 def found(pattern: str, text: str) -> float:
@@ -112,14 +131,14 @@ def found(pattern: str, text: str) -> float:
     return float(match[1])
 
 
-def resident(lab: Lab, base: str, upload: str) -> float:
+def resident(lab: Lab, system: System) -> float:
     """MB of memory that the agent holds, after all of the above."""
     assert lab.agent is not None
     status = Path(f"/proc/{lab.agent.pid}/status").read_text()
     return found(r"VmRSS:\s+([0-9]+) kB", status) / 1000
 
 
-def idle_cpu(lab: Lab, base: str, upload: str) -> float:
+def idle_cpu(lab: Lab, system: System) -> float:
     """% of one CPU that the agent takes without traffic."""
     assert lab.agent is not None
     before = cpu_seconds(lab.agent.pid)
@@ -147,47 +166,52 @@ SUITES: dict[str, tuple[str, str, Measure, tuple[str, ...]]] = {
 # -- systems -----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def system(lab: Lab, name: str) -> Iterator[tuple[str, str]]:
-    """The base URLs under which the client finds the server through this system."""
-    direct = f"http://{API}", f"http://{API}:8081"
-    if name == "direct":
-        yield direct
-        return
-    if name == "haproxy":
-        with haproxy(lab):
-            through = f"http://10.9.0.3:{HAPROXY_PORT}"
-            enforced(lab, through)
-            yield through, through
-        return
-    lab.start_agent()
-    try:
-        enforced(lab, direct[0])
-        yield direct
-    finally:
-        command = [sys.executable, "-m", "isolator.cli", "restore", "--all"]
-        subprocess.run([*command, "--socket", str(STATE / "isolator.sock")], capture_output=True, check=True)
-        lab.stop_agent(15)
+@dataclass(frozen=True, slots=True)
+class System:
+    """Where the client is, which host it asks, and at which ports it finds pages and uploads."""
+
+    name: str
+    client: str
+    host: str
+    port: int = 80
+    upload_port: int = 8081
+
+    @property
+    def base(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+DIRECT = System("direct", "client", PLAIN)
+ISOLATOR = System("isolator", "web", API)
+THROUGH_HAPROXY = System("haproxy", "client", PROXY, HAPROXY_PORT, HAPROXY_PORT)
+SYSTEMS = (DIRECT, ISOLATOR, THROUGH_HAPROXY)
 
 
 @contextmanager
-def haproxy(lab: Lab) -> Iterator[None]:
-    config = lab.root / "haproxy.cfg"
-    config.write_text(HAPROXY.format(root=lab.root))
-    process = lab.start("intruder", "haproxy", "-f", str(config))
-    try:
-        url = f"http://10.9.0.3:{HAPROXY_PORT}{ALLOWED}"
-        wait_for(lambda: lab.curl("web", url) == "200", "haproxy does not answer")
-        yield
-    finally:
-        process.terminate()
-        process.wait(10)
+def place() -> Iterator[Lab]:
+    """The lab with all systems up."""
+    nginx = re.sub(r"access_log [^;]+;", "access_log off; keepalive_requests 100000000;", NGINX)
+    with Lab(Path("/tmp") / f"{PREFIX}-bench", "off", nginx) as lab:
+        for number, name in enumerate(("client", "plain", "proxy"), 4):
+            lab.add(name, number)
+        lab.serve("plain", nginx)
+        for name in ("plain", "api"):
+            lab.start(name, *ON_LAST, "iperf3", "-s", "-p", "9091")
+        config = lab.root / "haproxy.cfg"
+        config.write_text(HAPROXY.format(root=lab.root))
+        lab.start("proxy", "haproxy", "-f", str(config))
+        lab.start_agent()
+        enforced(lab, ISOLATOR)
+        enforced(lab, THROUGH_HAPROXY)
+        yield lab
 
 
-def enforced(lab: Lab, base: str) -> None:
-    wait_for(lambda: lab.curl("web", base + ALLOWED) == "200", f"{base} does not answer")
-    if lab.curl("web", base + DENIED) != "403":
-        raise RuntimeError(f"{base} lets a forbidden request through: its figures would mean nothing")
+def enforced(lab: Lab, system: System) -> None:
+    wait_for(
+        lambda: lab.curl(system.client, system.base + ALLOWED) == "200", f"{system.name} does not answer"
+    )
+    if lab.curl(system.client, system.base + DENIED) != "403":
+        raise RuntimeError(f"{system.name} lets a forbidden request through: its figures would mean nothing")
 
 
 # -- running -----------------------------------------------------------------------------------------------
@@ -195,13 +219,12 @@ def enforced(lab: Lab, base: str) -> None:
 
 def measure(lab: Lab) -> dict[tuple[str, str], list[float]]:
     figures: dict[tuple[str, str], list[float]] = {}
-    for number in range(ROUNDS):
-        for name in ("direct", "isolator", "haproxy"):
-            with system(lab, name) as (base, upload):
-                for suite, (_, _, one, systems) in SUITES.items():
-                    if name in systems:
-                        print(f"round {number + 1}/{ROUNDS} {name:<9} {suite}", file=sys.stderr)
-                        figures.setdefault((suite, name), []).append(one(lab, base, upload))
+    for suite, (_, _, one, names) in SUITES.items():
+        for number in range(ROUNDS):
+            print(f"{suite} {number + 1}/{ROUNDS}", file=sys.stderr)
+            for system in SYSTEMS:
+                if system.name in names:
+                    figures.setdefault((suite, system.name), []).append(one(lab, system))
     return figures
 
 
@@ -226,24 +249,7 @@ def rows(figures: dict[tuple[str, str], list[float]]) -> list[Row]:
 
 
 def quick() -> list[Row]:
-    with Lab(Path("/tmp") / f"{PREFIX}-bench", "off") as lab:
-        (lab.root / "nginx.conf").write_text(
-            re.sub(
-                r"access_log [^;]+;",
-                "access_log off; keepalive_requests 100000000;",
-                (lab.root / "nginx.conf").read_text(),
-            )
-        )
-        run(
-            "nsenter",
-            f"--net=/run/netns/{PREFIX}-api",
-            "nginx",
-            "-c",
-            str(lab.root / "nginx.conf"),
-            "-s",
-            "reload",
-        )
-        lab.start("api", "iperf3", "-s", "-p", "9091")
+    with place() as lab:
         return rows(measure(lab))
 
 

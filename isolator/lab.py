@@ -88,7 +88,7 @@ class Upload(http.server.BaseHTTPRequestHandler):
         answer = digest.hexdigest().encode()
         self.wfile.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%b" % (len(answer), answer))
     def log_message(self, *arguments): pass
-http.server.ThreadingHTTPServer(("10.9.0.2", 8081), Upload).serve_forever()
+http.server.ThreadingHTTPServer(("", 8081), Upload).serve_forever()
 """
 
 TALK = """\
@@ -124,6 +124,7 @@ class Lab:
 
     root: Path
     xdp: str
+    nginx: str = NGINX
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
     agent: subprocess.Popen[str] | None = None
 
@@ -155,9 +156,8 @@ class Lab:
         unpin(names.pins)
         shutil.rmtree(STATE, ignore_errors=True)
         shutil.rmtree(self.root, ignore_errors=True)
-        for name in ("host", "web", "api", "intruder"):
-            if Path(f"/run/netns/{PREFIX}-{name}").exists():
-                run("ip", "netns", "del", f"{PREFIX}-{name}")
+        for path in Path("/run/netns").glob(f"{PREFIX}-*"):
+            run("ip", "netns", "del", path.name)
 
     def _build(self) -> None:
         host = f"{PREFIX}-host"
@@ -189,12 +189,18 @@ class Lab:
         self.policy()
         with (self.root / "big").open("wb") as file:
             file.truncate(2 << 30)
-        (self.root / "nginx.conf").write_text(NGINX.format(root=self.root))
-        self.start("api", "nginx", "-c", str(self.root / "nginx.conf"))
-        self.start("api", sys.executable, "-c", UPLOAD_SERVER)
+        self.serve("api", self.nginx)
         wait_for(lambda: self.curl("web", f"http://{API}{ALLOWED}") == "200", "nginx does not answer")
         wait_for(lambda: "tentative" not in self.network(), "IPv6 addresses stay tentative")
         (self.root / "access.log").write_text("")
+
+    def serve(self, name: str, config: str) -> None:
+        """nginx and the upload server in a container."""
+        root = self.root if name == "api" else self.root / name
+        root.mkdir(exist_ok=True)
+        (root / "nginx.conf").write_text(config.format(root=root))
+        self.start(name, "nginx", "-c", str(root / "nginx.conf"))
+        self.start(name, sys.executable, "-c", UPLOAD_SERVER)
 
     def policy(self, mode: str = "protect", path: str = "/api/v1/**") -> None:
         """Writes the policy whole, as an editor does."""

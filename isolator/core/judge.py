@@ -21,6 +21,8 @@ _REASONS: tuple[tuple[type[DissectError], DropReason], ...] = (
     (HttpMalformed, DropReason.HTTP_MALFORMED),
 )
 
+_GRANTED = (Mode.BODY, Mode.CHUNK_DATA)  # what was declared passes, before a byte of it is there
+
 _Decided = tuple[Request, Decision, Mode, int]  # a head, its decision, and the dissector's state behind it
 
 
@@ -53,7 +55,7 @@ class Judge:
         judged, pieces = Judged(), 0
         dissector = flow.dissector
         try:
-            while judged.end < len(data):
+            while judged.end < len(data) or (judged.end and dissector.mode in _GRANTED):
                 if pieces == PIECES_MAX:
                     judged.more = True
                     break
