@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 
 class Direction(IntEnum):
@@ -122,8 +123,7 @@ class Endpoint:
     labels: dict[str, str] = field(hash=False)
 
 
-@dataclass(frozen=True, slots=True)
-class RuleRef:
+class RuleRef(NamedTuple):
     """Where a decision comes from. `rule` is the rule's name, or `ingress[0]` for one without."""
 
     policy: str

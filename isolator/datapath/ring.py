@@ -181,6 +181,11 @@ class Ring:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether `poll` would find frames. Ends no frame's life."""
+        return self._blocks.waiting
+
     def statistics(self) -> RingStatistics:
         """The counts so far. Asking the kernel resets its own, so they are summed up here."""
         answer = self._socket.getsockopt(_SOL_PACKET, PACKET_STATISTICS, _STATISTICS.size)
@@ -261,6 +266,17 @@ class Blocks:
                 return []
             if frames:
                 return frames
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a frame stands where the next is read. A closed block that is read to its end counts too."""
+        if self._words[(self._start + _STATUS) >> 2] & TP_STATUS_USER:
+            return True
+        return (
+            self._open
+            and self._at <= self._start + self._block_size - _FRAME.size
+            and bool(all(_FRAME.unpack_from(self._buffer, self._at)[:6]))
+        )
 
     def _walk(self, budget: int, closed: int) -> list[Frame]:
         """The next frames of the current block, at most `budget`; stops at one that is not complete."""

@@ -166,7 +166,10 @@ class Interleavings(RuleBasedStateMachine):
     @rule(budget=st.integers(1, 5))
     def poll(self, budget: int) -> None:
         if budget:
-            for frame in self.blocks.poll(budget):
+            waiting = self.blocks.waiting
+            frames = self.blocks.poll(budget)
+            assert waiting or not frames, "a frame that nobody would be woken for"
+            for frame in frames:
                 payload, context = self.expected[self.got]
                 assert (bytes(frame.packet), frame.context) == (payload, context)
                 assert bytes(frame.vnet_packet) == b"v" * VNET + payload
