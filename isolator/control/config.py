@@ -43,10 +43,16 @@ def check_file(value: str) -> None:
         raise wrong("an empty path: name a file or folder")
 
 
-class RuntimeModel(Strict):
-    """Where endpoints come from. `netns`: from `endpoints` below."""
+def check_socket(value: str) -> None:
+    if not value.startswith("/"):
+        raise wrong(f"an absolute path, like /var/run/docker.sock: not {value!r}")
 
-    kind: Literal["netns"] = "netns"
+
+class RuntimeModel(Strict):
+    """Where endpoints come from. `netns`: from `endpoints` below; `docker`: from the engine behind `socket`."""
+
+    kind: Literal["netns", "docker"] = "netns"
+    socket: Annotated[str, checked(check_socket)] = "/var/run/docker.sock"
 
 
 class DatapathModel(Strict):
@@ -79,11 +85,13 @@ class ConfigModel(Strict):
 class Config:
     """The agent's configuration. `policies`: files and folders, as to be opened from the working folder.
 
-    `on_exit`: whether SIGTERM leaves the splices (`keep`) or takes them back (`restore`).
+    `engine`: the Docker engine's socket. `on_exit`: whether SIGTERM leaves the splices (`keep`) or takes them back
+    (`restore`).
     """
 
     path: Path
-    runtime: Literal["netns"]
+    runtime: Literal["netns", "docker"]
+    engine: Path
     state_dir: Path
     policies: tuple[Path, ...]
     xdp: Literal["off", "native", "generic"]
@@ -171,6 +179,10 @@ def read_config(path: Path) -> tuple[Config | None, list[Path], list[Problem]]:
     document = documents[0]
     model, found = validate(document, ConfigModel)
     problems += [*found, *duplicate_endpoints(document)]
+    if model is not None and model.runtime.kind == "docker" and model.endpoints:
+        problems.append(
+            document.problem(("endpoints",), "the docker runtime finds endpoints by itself: remove these")
+        )
     named: list[Path] = []
     for at, text in texts(document.value, "policies"):
         policies = path.parent / text
@@ -185,6 +197,7 @@ def to_config(model: ConfigModel, path: Path) -> Config:
     return Config(
         path,
         model.runtime.kind,
+        Path(model.runtime.socket),
         Path(model.state_dir),
         tuple(path.parent / text for text in model.policies),
         model.datapath.xdp,

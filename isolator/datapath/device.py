@@ -43,6 +43,9 @@ FEATURE_WORDS = 4  # room for 128 features; Linux 6 has 64
 SYSCTL_FOLDERS = ("ipv4/conf", "ipv4/neigh", "ipv6/conf", "ipv6/neigh")
 
 
+MAC_TEXT = 17  # characters of a MAC as people write it; a name has IFNAMSIZ - 1 = 15
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """A device as netlink shows it. `peer_netns`: this namespace's number for its peer's, None: the same."""
@@ -116,7 +119,9 @@ def parse_link(body: bytes) -> Link:
 
 
 def find_link(rtnl: Rtnl, which: int | str) -> Link | None:
-    """The device of that ifindex or name, None where there is none."""
+    """The device of that ifindex, name or MAC (which is longer than any name), None where there is none."""
+    if isinstance(which, str) and len(which) == MAC_TEXT:
+        return next((link for link in all_links(rtnl) if link.mac == which.lower()), None)
     index = which if isinstance(which, int) else 0
     body = IFINFO.pack(0, 0, index, 0, 0) + u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
     if isinstance(which, str):

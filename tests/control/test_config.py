@@ -172,7 +172,7 @@ def test_aliases_are_followed(tmp_path: Path) -> None:
 
 def test_everything_at_once_over_all_files(tmp_path: Path) -> None:
     config = """\
-runtime: {kind: docker}
+runtime: {kind: podman}
 state_dirs: /run/x
 policies: [nope/, policies/, empty]
 datapath: {xdp: of, xpd: off}
@@ -188,7 +188,7 @@ on_exit:
     path = write(tmp_path, isolator=config, policies_a=OTHER, policies_b=OTHER, policies_c="a: [\n")
     assert told(path, tmp_path) == [
         "isolator.yaml:1:1: 'state_dir' is missing in the document: add it",
-        "isolator.yaml:1:17: 'runtime.kind' cannot be 'docker': write netns",
+        "isolator.yaml:1:17: 'runtime.kind' cannot be 'podman': write one of netns, docker",
         "isolator.yaml:2:1: unknown key 'state_dirs' in the document: did you mean 'state_dir'? "
         "Known here: datapath, endpoints, on_exit, policies, runtime, state_dir",
         "isolator.yaml:3:12: nope: there is no such file or folder: correct the path or make it",
