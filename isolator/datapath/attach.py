@@ -84,7 +84,13 @@ def detach_tc(ifindex: int) -> None:
 
 
 def attach_xdp(ifindex: int, program_fd: int, mode: XdpMode) -> None:
-    """Put an XDP program on a device, in place of one in the same mode. Raises BpfError."""
+    """Put an XDP program on a device, in place of one that was there. Raises BpfError.
+
+    Native and generic exclude each other (net/core/dev.c, dev_xdp_attach), so the other mode's goes first.
+    """
+    for other in (XdpMode.NATIVE, XdpMode.GENERIC):
+        if other is not mode:
+            _detach_xdp(ifindex, other)
     advice = "try datapath.xdp: generic" if mode is XdpMode.NATIVE else ""
     check(
         library().bpf_xdp_attach(ifindex, program_fd, mode.value, None),
@@ -105,9 +111,13 @@ def attached_xdp(ifindex: int, mode: XdpMode) -> int | None:
 def detach_xdp(ifindex: int) -> None:
     """Take XDP programs of either mode away; that there is none, or no such device, is no error."""
     for mode in (XdpMode.NATIVE, XdpMode.GENERIC):
-        result = library().bpf_xdp_attach(ifindex, -1, mode.value, None)
-        if result not in (-errno.EEXIST, -errno.EOPNOTSUPP):  # the other mode is there; no driver mode
-            _unless_gone(result, f"cannot take XDP from device {ifindex}")
+        _detach_xdp(ifindex, mode)
+
+
+def _detach_xdp(ifindex: int, mode: XdpMode) -> None:
+    result = library().bpf_xdp_attach(ifindex, -1, mode.value, None)
+    if result not in (-errno.EEXIST, -errno.EOPNOTSUPP):  # the other mode is there; no driver mode
+        _unless_gone(result, f"cannot take XDP from device {ifindex}")
 
 
 def _unless_gone(result: int, what: str) -> None:

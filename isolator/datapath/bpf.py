@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Protocol, Self
@@ -81,6 +81,11 @@ def _number(value: int) -> bytes:
     return value.to_bytes(4, "little")
 
 
+def _endpoint_of(key: bytes) -> int:
+    """Whose entry it is: keys of flows, quotas and addresses begin with the endpoint."""
+    return int.from_bytes(key[:4], "little")
+
+
 class Datapath:
     """Programs and maps of one agent. For one thread; attach from a thread in the devices' namespace."""
 
@@ -92,7 +97,9 @@ class Datapath:
         self.control = Control(self.control_fd)
         self._addresses: dict[int, set[bytes]] = {}
         for key in maps["addresses"].keys():  # noqa: SIM118 - no dict
-            self._addresses.setdefault(int.from_bytes(key[:4], "little"), set()).add(key[4:])
+            self._addresses.setdefault(_endpoint_of(key), set()).add(key[4:])
+        self._delete_generations({self.generation}, inside=False)  # of a process that died while it wrote
+        self._last_generation = self.generation
 
     @classmethod
     def open(cls, pins: Path, objects: Path = OBJECTS) -> Self:
@@ -185,12 +192,23 @@ class Datapath:
         self._addresses[endpoint] = new
 
     def forget_endpoint(self, endpoint: int) -> None:
-        """Its addresses, its quota, its inspected flows. Its ports are the splice's to delete."""
+        """Its addresses, its quota, its flows. Its ports are the splice's to delete."""
         self.set_addresses(endpoint, ())
         del self._addresses[endpoint]
-        mine = [key for key in self.maps["flows7"].keys() if key[:4] == _number(endpoint)]  # noqa: SIM118
-        self.maps["flows7"].delete_many(mine)
+        for name in ("flows7", "flows4"):
+            flows = self.maps[name]
+            flows.delete_many([key for key, _ in flows.items() if key[:4] == _number(endpoint)])
         self.maps["endpoints"].delete(_number(endpoint))
+
+    def forget_others(self, endpoints: Collection[int]) -> None:
+        """All that is in the maps of any but these endpoints: what earlier processes left."""
+        for ifindex, port in self.ports().items():
+            if port.endpoint not in endpoints:
+                self.delete_port(ifindex)
+        for name in ("flows7", "flows4", "endpoints", "addresses"):
+            entries = self.maps[name]
+            entries.delete_many([key for key, _ in entries.items() if _endpoint_of(key) not in endpoints])
+        self._addresses = {number: held for number, held in self._addresses.items() if number in endpoints}
 
     # -- policy ------------------------------------------------------------------------------------------
 
@@ -200,7 +218,9 @@ class Datapath:
         return self.control.generation
 
     def next_generation(self) -> int:
-        return self.generation % 0xFFFFFFFF + 1
+        """A number that this process has not used, also not for a policy that could not be written."""
+        self._last_generation = max(self._last_generation, self.generation) % 0xFFFFFFFF + 1
+        return self._last_generation
 
     def write_policy(
         self,
@@ -211,7 +231,7 @@ class Datapath:
         """Put a policy in force, in one step, and take the older ones away.
 
         Returns how many flows each rule of those decided. Raises BpfError when a map is full: the policy that
-        was in force still is.
+        was in force still is, as `generation` says. (Where the older ones cannot be deleted, the new one is.)
         """
         try:
             self.maps["identities"].update_many(

@@ -16,9 +16,19 @@ import pytest
 
 from isolator.core.model import Direction, DropReason, FlowFlag, Owner, Side, Verdict
 from isolator.datapath import pins
-from isolator.datapath.abi import DropCounter, Flow7, FlowKey, Half, Port, Word, flow_key, mapped
+from isolator.datapath.abi import (
+    DropCounter,
+    Flow7,
+    FlowKey,
+    Half,
+    Port,
+    Word,
+    flow_key,
+    identity_key,
+    mapped,
+)
 from isolator.datapath.attach import XdpMode, attached_tc, attached_xdp
-from isolator.datapath.bpf import OBJECTS, TC_OBJECT, XDP_OBJECT, Datapath, unpin, wait_for_readers
+from isolator.datapath.bpf import OBJECTS, TC_OBJECT, XDP_OBJECT, Datapath, _encode, unpin, wait_for_readers
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.libbpf import BpfError, LoadError, MapDefinition, Object, library, log_tail, open_pin
 from isolator.datapath.maps import NOEXIST
@@ -32,7 +42,7 @@ A, B, C = (mapped(ip_address(text)) for text in ("10.0.0.1", "10.0.0.2", "fd00::
 KEY = flow_key(7, A, B, 80, 1000, 6)
 HALF = Half(Word(100, Owner.PYTHON, 0), 0, 0, 100, (), 0, b"", 0)
 FLOW = Flow7(
-    1, (2, 3), (4, 5), 6, 7, 8, 9, 0, 1, Direction.INGRESS, 1, FlowFlag(0), DropReason.NONE, (HALF, HALF)
+    1, (2, 3), (4, 5), 6, 7, 8, 9, 0, 1, Direction.INGRESS, 1, FlowFlag(0), DropReason.NONE, 0, (HALF, HALF)
 )  # fmt: skip
 
 
@@ -230,7 +240,53 @@ def test_a_forgotten_endpoint_has_no_flows(datapath: Datapath) -> None:
     assert list(datapath.flows7()) == []
 
 
+def test_an_endpoints_flows_of_both_kinds_go_with_it(datapath: Datapath) -> None:
+    other = flow_key(8, A, B, 80, 1000, 6)
+    for name in ("flows7", "flows4"):
+        flows = datapath.maps[name]
+        flows.update_many((key, bytes(flows.definition.value_size)) for key in (KEY, other))
+    datapath.forget_endpoint(7)
+    assert [set(datapath.maps[name].keys()) for name in ("flows7", "flows4")] == [{other}, {other}]
+
+
+def test_what_earlier_processes_left_of_others_goes(folder: Path) -> None:
+    with Datapath.open(folder) as first:
+        for number, ifindex in ((7, 5), (8, 6)):
+            first.set_endpoint(number)
+            first.set_addresses(number, [A, B])
+            first.set_port(ifindex, Port(9, number, Side.CONTAINER, MAC))
+            for name in ("flows7", "flows4"):
+                flows = first.maps[name]
+                flows.update(flow_key(number, A, B, 80, 1000, 6), bytes(flows.definition.value_size))
+    with Datapath.open(folder) as second:
+        second.forget_others({8})
+        assert set(second.ports()) == {6}
+        for name in ("endpoints", "addresses", "flows7", "flows4"):
+            assert {struct.unpack("=I", key[:4])[0] for key in second.maps[name].keys()} == {8}, name  # noqa: SIM118
+        second.set_addresses(7, [A])
+        assert len(list(second.maps["addresses"].keys())) == 3
+
+
 # -- policy ----------------------------------------------------------------------------------------------
+
+
+def test_what_a_crash_left_of_a_policy_never_comes_into_force(folder: Path) -> None:
+    with Datapath.open(folder) as first:
+        first.write_policy(first.next_generation(), [Entry(1)], [((A, 128), 1)])
+        died_at = first.next_generation()
+        first.maps["policy"].update(*_encode(died_at, Entry(2, port=22)))
+        first.maps["identities"].update(identity_key(died_at, B, 128), bytes(4))
+    with Datapath.open(folder) as second:
+        generation = second.next_generation()
+        second.write_policy(generation, [Entry(3)], [((A, 128), 1)])
+        assert second.rule_hits() == {3: 0}
+        assert len(list(second.maps["policy"].keys())) == len(list(second.maps["identities"].keys())) == 1
+
+
+def test_no_generation_is_used_twice(datapath: Datapath) -> None:
+    numbers = [datapath.next_generation() for _ in range(3)]
+    datapath.write_policy(numbers[0], [Entry(1)], [])
+    assert len({*numbers, datapath.next_generation()}) == 4
 
 
 def test_policy_replaces_policy(datapath: Datapath) -> None:
