@@ -118,14 +118,19 @@ def parse_link(body: bytes) -> Link:
     )
 
 
-def find_link(rtnl: Rtnl, which: int | str) -> Link | None:
-    """The device of that ifindex, name or MAC (which is longer than any name), None where there is none."""
+def find_link(rtnl: Rtnl, which: int | str, netns: int | None = None) -> Link | None:
+    """The device of that ifindex, name or MAC (which is longer than any name), None where there is none.
+
+    By ifindex also in another namespace, by the number that this one has for it.
+    """
     if isinstance(which, str) and len(which) == MAC_TEXT:
         return next((link for link in all_links(rtnl) if link.mac == which.lower()), None)
     index = which if isinstance(which, int) else 0
     body = IFINFO.pack(0, 0, index, 0, 0) + u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS)
     if isinstance(which, str):
         body += text(IFLA_IFNAME, which)
+    if netns is not None:
+        body += struct.pack("=HHi", 8, IFLA_TARGET_NETNSID, netns)
     try:
         return parse_link(rtnl.get(RTM_GETLINK, body))
     except NetlinkError as error:

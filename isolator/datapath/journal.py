@@ -1,10 +1,12 @@
 """The journal: what a splice has to put back, on disk before the first step that cannot be undone without it.
 
 One JSON file per endpoint, written whole or not at all (temporary file, fsync, rename, fsync of the folder).
+A file that cannot be read stands in the way of its own endpoint alone: `entries` passes over it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -61,14 +63,14 @@ def boot_id() -> str:
 
 
 class Journal:
-    """The entries under one folder, which is made where missing."""
+    """The entries under one folder, which is made with the first of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def write(self, entry: Entry) -> None:
         """Replace the endpoint's entry; on return it is on disk."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._path(entry.name)
         draft = path.with_suffix(".draft")
         with draft.open("w") as file:
@@ -85,20 +87,36 @@ class Journal:
             return Entry.from_json(json.loads(path.read_text()))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise SpliceError(
                 f"{path}: no journal entry of this version ({error}); use the one that wrote it"
             ) from error
 
     def entries(self) -> Iterator[Entry]:
-        for path in sorted(self.folder.glob("*.json")):
-            entry = self.read(unquote(path.name.removesuffix(".json")))
-            if entry is not None:
-                yield entry
+        """Those that can be read."""
+        for name in self._names():
+            with contextlib.suppress(SpliceError):
+                entry = self.read(name)
+                if entry is not None:
+                    yield entry
+
+    def unreadable(self) -> Iterator[SpliceError]:
+        """One error for each file that `entries` passes over; it names the file."""
+        for name in self._names():
+            try:
+                self.read(name)
+            except SpliceError as error:
+                yield error
 
     def remove(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
+        try:
+            self._path(name).unlink()
+        except FileNotFoundError:
+            return
         self._sync()
+
+    def _names(self) -> list[str]:
+        return [unquote(path.name.removesuffix(".json")) for path in sorted(self.folder.glob("*.json"))]
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{quote(name, safe='')}.json"

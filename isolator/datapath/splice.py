@@ -32,6 +32,7 @@ from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL  # type: ignore[import-unt
 from pyroute2.netlink.rtnl import RTM_DELLINK, RTM_NEWLINK  # type: ignore[import-untyped]
 
 from isolator.datapath import device, snapshot
+from isolator.datapath.attach import detach_xdp
 from isolator.datapath.device import IFF_LOOPBACK, IFF_UP, IFINFO, Link
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.journal import Entry, Journal, Phase, boot_id
@@ -76,7 +77,8 @@ class SpliceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Splice:
-    """A splice in place. Ports are ifindexes in the isolator netns; `dark`: seconds without link (or 0)."""
+    """A splice in place. Ports are ifindexes in the isolator netns; `cookie`: which namespace `netns` was;
+    `dark`: seconds without link (or 0)."""
 
     name: str
     netns: str
@@ -86,6 +88,7 @@ class Splice:
     container_ifindex: int
     mac: str
     addresses: tuple[Address, ...]
+    cookie: int
     dark: float = 0.0
 
 
@@ -131,6 +134,11 @@ class Splicer:
                     f"{request.name}: not protectable: {request.netns} is the isolator netns itself"
                 )
             link = _protectable(request, container.rtnl)
+            if _is_port(link, container, isolator):
+                raise NotProtectableError(
+                    f"{request.name}: {request.interface} in {request.netns} is spliced already, and its journal entry"
+                    " is lost: restart the container"
+                )
             with container.netns.entered():
                 before = snapshot.take_snapshot(container.rtnl, link)
             entry = _new_entry(request, container.netns.cookie, before)
@@ -189,7 +197,7 @@ class Splicer:
 
     def recover(self) -> Recovered:
         """Adopt, put back or reap every splice in the journal: the first thing a new process does."""
-        found = Recovered()
+        found = Recovered(failed=list(self.journal.unreadable()))
         for entry in list(self.journal.entries()):
             try:
                 found.adopted.append(self.adopt(entry.name))
@@ -207,7 +215,10 @@ class Splicer:
         try:
             with Netns(splice.netns) as netns, _rtnl_in(netns) as rtnl:
                 link = device.find_link(rtnl, splice.container_ifindex)
-                if link is not None and link.peer == splice.container_port:
+                same = (
+                    netns.cookie == splice.cookie
+                )  # or a new container's interface passes for the old one's
+                if same and link is not None and link.peer == splice.container_port:
                     return _addresses(rtnl, splice.container_ifindex)
         except NetnsMissingError as error:
             raise EndpointGoneError(f"{splice.name}: {error}") from error
@@ -233,6 +244,7 @@ class Splicer:
 
     def _clear_way(self, request: SpliceRequest) -> None:
         """What an earlier run left is reaped or put back first; a whole splice refuses the request."""
+        self.journal.read(request.name)  # one that cannot be read refuses it too: who knows what stands there
         for entry in self.journal.entries():
             same_device = entry.netns == request.netns and entry.interface == request.interface
             if entry.name == request.name or same_device:
@@ -247,7 +259,8 @@ class Splicer:
     def _prepare_restore(self, entry: Entry, container: _Side) -> Entry:
         """The interface's present state is what the original gets; its link attributes it has kept itself."""
         now = device.find_link(container.rtnl, entry.snapshot.link.index)
-        assert now is not None  # _is_there
+        if now is None:  # its port is there: root in the container moved the interface elsewhere
+            raise NetnsMissingError(f"{entry.name}: its interface is no more")
         with container.netns.entered():
             present = snapshot.take_snapshot(container.rtnl, now)
         link = replace(entry.snapshot.link, flags=now.flags, name=now.name)
@@ -274,6 +287,9 @@ class Splicer:
             self.before("move_back")
             original = device.find_link(isolator.rtnl, entry.network_port_name)
             if original is not None:
+                detach_xdp(
+                    original.index
+                )  # tc programs go with the move, XDP would come along (net/core/dev.c)
                 _move_back(isolator.rtnl, original.index, wanted.link, container.netns)
         if device.find_link(container.rtnl, wanted.link.index) is not None:
             with container.netns.entered():
@@ -404,6 +420,15 @@ def _protectable(request: SpliceRequest, rtnl: Rtnl) -> Link:
     return link
 
 
+def _is_port(link: Link, container: _Side, isolator: _Side) -> bool:
+    """Whether its other end is a port of the isolator netns: the same device, seen from here and from there."""
+    if link.peer_netns is None:
+        return False
+    there = device.find_link(container.rtnl, link.peer, link.peer_netns)
+    port = device.find_link(isolator.rtnl, link.peer)
+    return there is not None and port is not None and (there.name, there.mac) == (port.name, port.mac)
+
+
 def _go_live(
     rtnl: Rtnl, wanted: Snapshot, before: Callable[[str], None], linked: Callable[[], None] = lambda: None
 ) -> None:
@@ -490,6 +515,7 @@ def _splice_of(entry: Entry, container: _Side) -> Splice:
         container_ifindex=link.index,
         mac=link.mac,
         addresses=_addresses(container.rtnl, link.index),
+        cookie=entry.cookie,
     )
 
 

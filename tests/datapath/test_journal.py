@@ -74,3 +74,18 @@ def test_what_is_no_entry_is_named_in_one_line(journal: Journal, content: str) -
     with pytest.raises(SpliceError, match=r"web\.json: no journal entry of this version \(") as caught:
         journal.read("web")
     assert "\n" not in str(caught.value)
+
+
+def test_one_that_cannot_be_read_does_not_hide_the_others(journal: Journal) -> None:
+    journal.write(ENTRY)
+    journal.write(replace(ENTRY, name="api"))
+    (journal.folder / "web.json").write_text("{")
+    assert [entry.name for entry in journal.entries()] == ["api"]
+    (error,) = journal.unreadable()
+    assert str(journal.folder / "web.json") in str(error)
+
+
+def test_a_journal_that_nothing_was_written_to_leaves_no_folder(journal: Journal) -> None:
+    assert list(journal.entries()) == [] and journal.read("web") is None
+    journal.remove("web")
+    assert not journal.folder.exists()

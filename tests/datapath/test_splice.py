@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -268,13 +270,36 @@ def test_leftovers_of_a_vanished_container_are_reaped(splicer: Splicer, going: s
     assert splicer.journal.read("web") is None
 
 
+def test_a_restore_of_an_interface_that_was_moved_away_reaps(splicer: Splicer) -> None:
+    """As root in the container can."""
+    splicer.splice(REQUEST, lab.mirror)
+    lab.run(f"ip -n {lab.A} link set eth0 netns {lab.B} name stolen")
+    with pytest.raises(EndpointGoneError):
+        splicer.restore("web")
+    assert ports() == [] and splicer.journal.read("web") is None
+
+
+def test_an_entry_that_cannot_be_read_stands_in_its_own_way_alone(splicer: Splicer) -> None:
+    splicer.splice(REQUEST, lab.mirror)
+    (splicer.journal.folder / "web.json").write_text("{")
+    splicer.splice(SpliceRequest("b", lab.B), lab.mirror)
+    with pytest.raises(SpliceError, match=r"web\.json: no journal entry"):
+        splicer.splice(REQUEST, lab.mirror)
+    found = splicer.recover()
+    assert [splice.name for splice in found.adopted] == ["b"]
+    assert "web.json" in str(found.failed[0])
+
+
 def test_a_returned_container_is_spliced_again(splicer: Splicer) -> None:
     first = splicer.splice(REQUEST, lab.mirror)
     lab.run(f"ip netns del {lab.A}; ip netns add {lab.A}")
     lab.run(f"ip -n {lab.HOST} link add veth1b type veth peer name eth0 netns {lab.A}")
     lab.batch(lab.A, "link set eth0 up\naddr add 10.31.0.1/24 dev eth0")
-    with pytest.raises(EndpointGoneError):
-        splicer.addresses(first)
+    (link,) = json.loads(lab.inside(lab.A, "ip -j link show eth0"))
+    same = replace(first, container_port=link["link_index"], container_ifindex=link["ifindex"])
+    for known in (first, same):  # ifindexes come again, a namespace's cookie does not
+        with pytest.raises(EndpointGoneError):
+            splicer.addresses(known)
     again = splicer.splice(REQUEST, lab.mirror)
     assert len(ports()) == 2
     assert again.network_port != first.network_port or again.mac != first.mac
