@@ -15,7 +15,7 @@ _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 
 
 class Recorder:
-    """Writes the flow log. `endpoints` by number and `owners` (endpoint by address) are the daemon's."""
+    """Writes the flow log. `endpoints` by number and `owners` (endpoint by address) are the roster's."""
 
     def __init__(
         self, log: FlowLog, endpoints: Mapping[int, Endpoint], owners: Mapping[str, Endpoint]

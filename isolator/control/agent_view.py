@@ -14,11 +14,14 @@ from isolator.core.explain import Explanation, Question
 class EndpointState(StrEnum):
     WAITING = "waiting"
     """Configured, and its container is not there."""
-    SPLICED = "spliced"
-    """In place, its policy not in the kernel yet: closed."""
+    PENDING = "pending"
+    """Its container is there, and is about to be spliced."""
     ENFORCED = "enforced"
+    """In place, its policy in the kernel."""
     FAILED = "failed"
-    """Could not be spliced; `detail` says why. Everything was put back."""
+    """Could not be spliced; `detail` says why. Everything was put back, and it is tried again."""
+    RESTORED = "restored"
+    """Taken back on request: not protected until its container or the agent starts anew."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,21 +68,20 @@ class NetnsRuntime:
         self._known: dict[str, Seen] = {}
         self.configure(configured)
 
-    def configure(self, configured: Sequence[NetnsEndpointConfig]) -> None:
-        """Takes the endpoints of a new config; what differs is told by `changes`."""
+    def configure(self, configured: Sequence[NetnsEndpointConfig]) -> set[str]:
+        before = {endpoint.name for endpoint in self._configured}
         self._configured = tuple(
             RuntimeEndpoint(each.name, self._folder / each.netns, each.interface, dict(each.labels))
             for each in configured
         )
+        return before - {endpoint.name for endpoint in self._configured}
 
     def endpoints(self) -> list[RuntimeEndpoint]:
         self._known = present(self._configured)
         return [seen.endpoint for seen in self._known.values()]
 
     def missing(self) -> list[RuntimeEndpoint]:
-        """Configured, and its namespace is not there."""
-        there = present(self._configured)
-        return [endpoint for endpoint in self._configured if endpoint.name not in there]
+        return [endpoint for endpoint in self._configured if endpoint.name not in self._known]
 
     def poll(self) -> list[Change]:
         """What differs from the last look, in the order of the config; what is gone comes first."""

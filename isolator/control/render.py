@@ -14,7 +14,8 @@ import typer
 
 COLOURS = {
     "enforced": "green",
-    "spliced": "yellow",
+    "pending": "yellow",
+    "restored": "yellow",
     "waiting": "yellow",
     "failed": "red",
     "FORWARDED": "green",

@@ -5,11 +5,11 @@ A runtime finds endpoints and follows their coming and going. It decides nothing
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ChangeKind(StrEnum):
     APPEARED = "appeared"
     VANISHED = "vanished"
     REPLACED = "replaced"
-    """The same name, another network namespace: what was spliced is gone, the new one has to be."""
+    """The same name, another network namespace or interface: what was spliced goes, the new one has to be."""
     RELABELLED = "relabelled"
     """Only its labels changed: policy has to be looked at again, the splice stays."""
 
@@ -35,6 +35,10 @@ class ChangeKind(StrEnum):
 class Change:
     kind: ChangeKind
     endpoint: RuntimeEndpoint
+
+
+class RuntimeAwayError(Exception):
+    """Nobody can tell which endpoints there are; the text says why, and what to do."""
 
 
 class Runtime(Protocol):
@@ -46,7 +50,17 @@ class Runtime(Protocol):
         ...
 
     def endpoints(self) -> list[RuntimeEndpoint]:
-        """The endpoints that exist now."""
+        """The endpoints that exist now; may block. Raises RuntimeAwayError: at a start, whoever is spliced and not
+        among them gets the network back, so that an empty answer must be a true one."""
+        ...
+
+    def missing(self) -> list[RuntimeEndpoint]:
+        """Those that are configured and did not exist at the last `endpoints()` or change."""
+        ...
+
+    def configure(self, configured: Sequence[Any]) -> set[str]:
+        """Takes the endpoints of a new config; returns the names that are no longer in it. The rest of what
+        differs is told by `changes`."""
         ...
 
     def changes(self) -> AsyncIterator[Change]:

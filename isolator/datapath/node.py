@@ -1,17 +1,20 @@
 """One node's datapath, put together: the isolator netns, programs and maps, the punt pair with its ring, splices.
 
     Node.open      netns → pins and programs → punt pair → ring, doorbell, sender → forwarder
+    Node.recover   what the journal holds; then `adopt` or `release` each splice, and `tidy` the maps
+    Node.look      whether an endpoint can be spliced, and its addresses
     Node.protect   splice an endpoint; its ports are known to the kernel before their links are up
-    Node.release   put the container's network back as it was
+    Node.release   put the container's network back as it was; `lose`: as far as there is anything to put back
     Node.close     let go: everything pinned stays and works on
 
-Splicing blocks for some 20 ms: `protect` and `release` are for a worker thread, `known` for the event loop afterwards.
+Splicing blocks for some 20 ms: all but open, close and beat are for one worker thread, one at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -29,13 +32,22 @@ from isolator.datapath.abi import HALF_FIN, HALF_RST, Flow7, Port, mapped
 from isolator.datapath.attach import XdpMode
 from isolator.datapath.bpf import Datapath
 from isolator.datapath.doorbell import Doorbell
+from isolator.datapath.errors import DatapathError
 from isolator.datapath.forwarder import Forwarder, Reporter
 from isolator.datapath.journal import Journal
-from isolator.datapath.netns import Netns, pinned_netns
+from isolator.datapath.netns import Netns, SpliceError, pinned_netns
 from isolator.datapath.ring import Ring, packet_socket
 from isolator.datapath.rtnl import Rtnl, attribute, text, u32
 from isolator.datapath.sender import Sender
-from isolator.datapath.splice import Address, Recovered, Splice, Splicer, SpliceRequest
+from isolator.datapath.splice import (
+    Address,
+    AlreadySplicedError,
+    EndpointGoneError,
+    Recovered,
+    Splice,
+    Splicer,
+    SpliceRequest,
+)
 
 PUNT, RING = "punt", "ring"  # the punt pair: frames are redirected to one end and read at the other
 PUNT_MTU = 65535  # any container's frame fits
@@ -63,6 +75,11 @@ class Names:
         )
         name = name if name.startswith("isolator") else f"isolator-{name}"
         return cls(name, Path("/sys/fs/bpf") / name, state_dir / "journal")
+
+    @property
+    def unused(self) -> bool:
+        """No agent ran here since the machine was booted, or since its pins were taken away."""
+        return not (self.pins.is_dir() and any(self.pins.iterdir()))
 
 
 class Node:
@@ -132,8 +149,18 @@ class Node:
         port = self.datapath.ports().get(splice.container_port)
         return port.endpoint if port else None
 
-    def addresses_now(self, request: SpliceRequest) -> tuple[Address, ...]:
-        """The addresses of a container's interface that is not spliced yet."""
+    def numbers(self) -> set[int]:
+        """Endpoint numbers that ports carry."""
+        return {port.endpoint for port in self.datapath.ports().values()}
+
+    def tidy(self, numbers: Collection[int]) -> None:
+        """Forgets all that earlier processes left of other endpoints, and their versions' maps."""
+        self.datapath.forget_others(numbers)
+        self.datapath.remove_other_layouts()
+
+    def look(self, request: SpliceRequest) -> tuple[Address, ...]:
+        """The addresses of an interface that is not spliced yet. Raises SpliceError where it cannot be."""
+        self.splicer.check(request)
         with Netns(request.netns) as netns, netns.entered(), Rtnl() as rtnl:
             link = device.find_link(rtnl, request.interface)
             if link is None:
@@ -143,7 +170,9 @@ class Node:
             )
 
     def protect(self, request: SpliceRequest, number: int) -> Splice:
-        """Splices an endpoint. Raises SpliceError, and then all is as before."""
+        """Splices an endpoint, or adopts its splice where there is one. Raises SpliceError, and then all is as
+        before."""
+        self.forget(number)
 
         def attach(container_port: int, network_port: int) -> None:
             entry = self.splicer.journal.read(request.name)
@@ -152,10 +181,22 @@ class Node:
             self.introduce(number, container_port, network_port, entry.snapshot.link.mac, addresses)
 
         try:
-            return self.splicer.splice(request, attach)
+            try:
+                return self.splicer.splice(request, attach)
+            except AlreadySplicedError:
+                return self._take_over(request.name, number)
         except BaseException:
             self.forget(number)
             raise
+
+    def _take_over(self, name: str, number: int) -> Splice:
+        """A splice that is in place and that nobody here knows of, whatever number its ports carry."""
+        splice = self.splicer.adopt(name)
+        former = self.number_of(splice)
+        self.adopt(splice, number)
+        if former is not None and former != number and former not in self.ports:
+            self.datapath.forget_endpoint(former)
+        return splice
 
     def introduce(
         self,
@@ -177,30 +218,67 @@ class Node:
         self.ports[number] = (container_port, network_port)
 
     def adopt(self, splice: Splice, number: int) -> None:
-        """Takes an earlier process's splice up, with this version's programs."""
+        """Takes a splice up that is in place, under that number, with this version's programs."""
         with self._netns.entered():
             self.introduce(number, splice.container_port, splice.network_port, splice.mac, splice.addresses)
 
-    def release(self, name: str, number: int) -> None:
-        """The exact inverse of `protect`. Raises SpliceError."""
-        ports = self.ports.get(number, ())
-        with self._netns.entered():
-            for ifindex in ports:
-                with contextlib.suppress(OSError):
-                    self.datapath.detach(ifindex)
-        self.splicer.restore(name)
+    def addresses(self, splices: Iterable[Splice]) -> dict[str, tuple[Address, ...] | None]:
+        """The addresses by endpoint, as they are now. None: the interface is no more. Left out: nobody knows."""
+        found: dict[str, tuple[Address, ...] | None] = {}
+        for splice in splices:
+            with contextlib.suppress(SpliceError, OSError):
+                try:
+                    found[splice.name] = self.splicer.addresses(splice)
+                except EndpointGoneError:
+                    found[splice.name] = None
+        return found
+
+    def set_addresses(self, number: int, addresses: Iterable[Address]) -> None:
+        """The addresses that an endpoint may speak for."""
+        self.datapath.set_addresses(number, [mapped(address) for address in addresses])
+
+    def release(self, splice: Splice, number: int) -> None:
+        """The exact inverse of `protect`. Raises SpliceError; the splice goes on then, as far as it stands."""
+        try:
+            self._put_back(splice)
+        except EndpointGoneError:
+            raise
+        except SpliceError:
+            with contextlib.suppress(OSError, DatapathError):
+                self.adopt(splice, number)
+            raise
         self.forget(number)
 
-    def ended_flows(self, now: int) -> list[tuple[bytes, int]]:
-        """(key, incarnation) of inspected flows to forget. `now`: CLOCK_MONOTONIC, ns."""
-        return [
-            (key.pack(), flow.incarnation)
-            for key, flow in self.datapath.flows7()
-            if is_ended(flow, now - flow.last_seen)
-        ]
+    def lose(self, splice: Splice, number: int) -> None:
+        """What is left of a splice whose container went goes too; the endpoint is forgotten in any case."""
+        with contextlib.suppress(SpliceError):
+            self._put_back(splice)
+        self.forget(number)
+
+    def _put_back(self, splice: Splice) -> None:
+        with self._netns.entered():
+            for ifindex in (splice.container_port, splice.network_port):
+                with contextlib.suppress(OSError, DatapathError):
+                    self.datapath.detach(ifindex)
+        self.splicer.restore(splice.name)
+        for ifindex in (splice.container_port, splice.network_port):
+            self.datapath.delete_port(ifindex)
+
+    def age(self, now: int) -> tuple[list[tuple[bytes, int]], list[tuple[bytes, int, int]]]:
+        """Inspected flows that have ended: (key, incarnation), and the others: with the client's half's `acked`.
+
+        `now`: CLOCK_MONOTONIC, ns.
+        """
+        ended, going = [], []
+        for key, flow in self.datapath.flows7():
+            if is_ended(flow, now - flow.last_seen):
+                ended.append((key.pack(), flow.incarnation))
+            else:
+                going.append((key.pack(), flow.incarnation, flow.client.acked))
+        return ended, going
 
     def forget(self, number: int) -> None:
-        """Takes an endpoint out of the maps."""
+        """Takes an endpoint out of the maps, with its flows."""
         for ifindex in self.ports.pop(number, ()):
             self.datapath.delete_port(ifindex)
             self.sender.remove(ifindex)

@@ -83,7 +83,8 @@ def test_a_new_config_is_told_as_changes(namespaces: list[str]) -> None:
     first, second = namespaces
     runtime = NetnsRuntime([Configured("a", first), Configured("b", second)])
     runtime.endpoints()
-    runtime.configure([Configured("a", first, labels={"role": "api"}), Configured("c", second)])
+    gone = runtime.configure([Configured("a", first, labels={"role": "api"}), Configured("c", second)])
+    assert gone == {"b"} and runtime.missing() == [RuntimeEndpoint("c", Path(f"/run/netns/{second}"), "eth0")]
     assert told(runtime.poll()) == [("vanished", "b"), ("relabelled", "a"), ("appeared", "c")]
 
 

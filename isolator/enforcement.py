@@ -1,0 +1,216 @@
+"""Policy: read from its files, compiled, put in force; read again when they change.
+
+    files ─ load ─▶ sources ─┐
+                             ├─ compile ─▶ Python knows it ─▶ the kernel switches ─▶ Python forgets the one before
+    endpoints ─────▶ roster ─┘
+
+Reading, compiling and writing run in the worker. Whatever fails on the way, the policy that was in force stays: the
+kernel switches by one store, and only to a generation that is written whole.
+Everything that changes the roster or the sources holds the agent's lock of changes; so does a caller of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from isolator.control.config import Config, Loaded, PolicySource, load
+from isolator.control.problems import ConfigErrors
+from isolator.core.compile import Compiled, PolicyEntry, compile_policies
+from isolator.core.identities import Address
+from isolator.core.inspector import Inspector
+from isolator.core.model import Endpoint
+from isolator.records import Recorder
+from isolator.roster import Roster
+from isolator.worker import Worker
+
+REFUSED_FOR = 30.0  # s until what could not be put in force is tried again as it is
+
+log = structlog.get_logger()
+
+Stamp = tuple[int, int, int]  # inode, modification time in ns, size
+
+
+class PolicyMaps(Protocol):
+    """Where policy goes (isolator.datapath.bpf.Datapath)."""
+
+    @property
+    def generation(self) -> int: ...
+    def next_generation(self) -> int: ...
+    def write_policy(
+        self,
+        generation: int,
+        entries: Iterable[PolicyEntry],
+        identities: Iterable[tuple[tuple[bytes, int], int]],
+    ) -> dict[int, int]: ...
+
+
+class Kernel(Protocol):
+    """What this needs of the datapath (isolator.datapath.node.Node), once it is open."""
+
+    @property
+    def datapath(self) -> PolicyMaps: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """All that a policy in the kernel is made of."""
+
+    sources: tuple[PolicySource, ...]
+    endpoints: dict[int, Endpoint]
+    addresses: dict[int, tuple[Address, ...]]
+
+
+class Enforcement:
+    """`config` and `sources` are those in force. `errors`: what the last reload found wrong. `trouble`: why the
+    policy in force is older than what is known, or None."""
+
+    def __init__(
+        self,
+        path: Path,
+        loaded: Loaded,
+        kernel: Kernel,
+        roster: Roster,
+        inspector: Inspector,
+        recorder: Recorder,
+        work: Worker,
+    ) -> None:
+        self.path = path
+        self.config, self.sources = loaded.config, loaded.sources
+        self.errors: list[str] = []
+        self.trouble: str | None = None
+        self._kernel, self._roster, self._work = kernel, roster, work
+        self._inspector, self._recorder = inspector, recorder
+        self._in_force: Known | None = None
+        self._refused: tuple[Known, float] | None = None  # and since when
+        self._stamps = stamps(path, loaded.config)
+
+    # -- putting in force -----------------------------------------------------------------------------------
+
+    async def enforce(self) -> None:
+        """Puts in force what is known now, in one step, where it is not. Raises PolicyTooLarge, DatapathError or
+        what else went wrong; then what was in force still is."""
+        known = self._known()
+        if known != self._in_force:
+            try:
+                await self._put_in_force(known)
+            except Exception as error:
+                self.trouble, self._refused = str(error), (known, time.monotonic())
+                raise
+        self._in_force, self.trouble, self._refused = known, None, None
+
+    async def catch_up(self) -> None:
+        """`enforce` for those who can do no more about an error than go on: it is told, and tried again later."""
+        refused, since = self._refused or (None, 0.0)
+        if time.monotonic() < since + REFUSED_FOR and refused == self._known():
+            return
+        try:
+            await self.enforce()
+        except Exception as error:  # a task that runs as long as the agent must outlive whatever it is
+            log.error("not in force, the policy before is", generation=self._generation, error=str(error))
+
+    def _known(self) -> Known:
+        return Known(self.sources, dict(self._roster.endpoints), dict(self._roster.addresses))
+
+    async def _put_in_force(self, known: Known) -> None:
+        maps = self._kernel.datapath
+        compiled = await self._work(
+            compile_policies,
+            [source.policy for source in known.sources],
+            known.endpoints,
+            known.addresses,
+            maps.next_generation(),
+        )
+        self._inspector.prepare_policy(compiled.profiles, compiled.generation)
+        try:
+            await self._work(write, maps, compiled)
+        except Exception as error:  # whatever it is, Python must know what the kernel goes by
+            if maps.generation != compiled.generation:
+                self._inspector.discard_policy(compiled.generation)
+                raise
+            log.error("the policy before is not deleted, the next one will do it", error=str(error))
+        self._inspector.policy_in_force(compiled.generation)
+        self._recorder.rules = compiled.rules
+
+    @property
+    def _generation(self) -> int:
+        return self._kernel.datapath.generation
+
+    # -- reading again --------------------------------------------------------------------------------------
+
+    async def reload(self) -> list[str]:
+        """Reads config and policies again. Returns what is wrong, one line each; if anything is, nothing changed."""
+        self.errors = await self._reload()
+        return self.errors
+
+    async def _reload(self) -> list[str]:
+        try:
+            loaded = await self._work(load, self.path)
+        except ConfigErrors as error:
+            return [str(problem) for problem in error.problems]
+        except Exception as error:  # files may hold anything; what their reader trips over is theirs
+            return [f"{self.path}: it or a policy it names cannot be read: {error!r}"]
+        if fixed := fixed_settings(self.config, loaded.config):
+            return [f"{self.path}: {name} cannot change while running: restart the agent" for name in fixed]
+        before, self.sources = self.sources, loaded.sources
+        try:
+            await self.enforce()
+        except Exception as error:  # whatever it is, the sources must be those of the policy in force
+            self.sources = before
+            return [f"{self.path}: {error}", *await self._fall_back()]
+        self.config = loaded.config
+        log.info("policy in force", generation=self._generation, policies=len(self.sources))
+        return []
+
+    async def _fall_back(self) -> list[str]:
+        """Nothing to do, unless the roster has changed since the policy in force was written."""
+        try:
+            await self.enforce()
+        except Exception as error:  # told with the first error
+            stays = f"generation {self._generation} stays in force"
+            return [f"{self.path}: the policy before cannot be written anew either, {stays}: {error}"]
+        return []
+
+    def files_changed(self) -> bool:
+        """Whether any file that policy depends on differs from the last time this was asked."""
+        before, self._stamps = self._stamps, stamps(self.path, self.config)
+        return before != self._stamps
+
+
+def write(maps: PolicyMaps, compiled: Compiled) -> None:
+    identities = [((each.address, each.prefixlen), each.identity) for each in compiled.identities]
+    maps.write_policy(compiled.generation, compiled.entries, identities)
+
+
+def fixed_settings(old: Config, new: Config) -> list[str]:
+    """Settings that differ and that a running agent cannot change."""
+    pairs = {
+        "runtime": (old.runtime, new.runtime),
+        "state_dir": (old.state_dir, new.state_dir),
+        "datapath": (old.xdp, new.xdp),
+    }
+    return [name for name, (before, after) in pairs.items() if before != after]
+
+
+def stamps(path: Path, config: Config) -> dict[Path, Stamp | None]:
+    """Every file that policy depends on. None: it cannot be looked at, such as a link that leads nowhere."""
+    files = [path]
+    for entry in config.policies:
+        files.append(entry)
+        with contextlib.suppress(OSError):
+            files += sorted(entry.iterdir()) if entry.is_dir() else []
+    return {file: stamp(file) for file in files}
+
+
+def stamp(file: Path) -> Stamp | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

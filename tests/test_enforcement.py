@@ -1,0 +1,244 @@
+"""Policy on its way into force: what fails leaves the one before, and nobody waits for a compilation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isolator import enforcement
+from isolator.control.config import load
+from isolator.control.flowlog import FlowLog
+from isolator.core.compile import PolicyEntry, PolicyTooLarge, compile_policies
+from isolator.core.inspector import Inspector
+from isolator.core.model import Endpoint
+from isolator.datapath.libbpf import BpfError
+from isolator.enforcement import Enforcement, stamps
+from isolator.records import Recorder
+from isolator.roster import Roster
+from isolator.worker import Worker
+
+CONFIG = "state_dir: {folder}/state\npolicies: [policies/]\nendpoints: []\n"
+POLICY = """\
+kind: Policy
+metadata: {{name: {name}}}
+spec:
+  select: {{app: shop}}
+  mode: protect
+  ingress:
+    - name: web
+      from: [{{cidr: 10.0.0.0/8}}]
+      ports: [{{port: {port}, protocol: tcp}}]
+      http: [{{methods: [GET], path: /ok}}]
+"""
+
+
+class FakeMaps:
+    """Implements enforcement.PolicyMaps. `full`: what a write raises; `late`: what one raises once it is in force."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.last = 0
+        self.ports: set[int] = set()
+        self.full: Exception | None = None
+        self.late: Exception | None = None
+
+    def next_generation(self) -> int:
+        self.last += 1
+        return self.last
+
+    def write_policy(
+        self,
+        generation: int,
+        entries: Iterable[PolicyEntry],
+        identities: Iterable[tuple[tuple[bytes, int], int]],
+    ) -> dict[int, int]:
+        if self.full is not None:
+            raise self.full
+        self.generation, self.ports = generation, {entry.port for entry in entries} - {0}
+        if self.late is not None:
+            raise self.late
+        return {}
+
+
+class Setting:
+    """A config with one policy for port 80, one endpoint, and an Enforcement. Implements enforcement.Kernel."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.datapath = FakeMaps()
+        (folder / "policies").mkdir()
+        (folder / "isolator.yaml").write_text(CONFIG.format(folder=folder))
+        self.put(80)
+        self.roster, self.inspector, self.worker = Roster(), Inspector({}, 0), Worker()
+        self.roster.put(1, Endpoint("shop", {"app": "shop"}), (ip_address("10.0.0.1"),))
+        path = folder / "isolator.yaml"
+        recorder = Recorder(FlowLog(), self.roster.endpoints, self.roster.owners)
+        self.policy = Enforcement(path, load(path), self, self.roster, self.inspector, recorder, self.worker)
+
+    def put(self, port: int, name: str = "p") -> None:
+        (self.folder / "policies" / f"{name}.yaml").write_text(POLICY.format(name=name, port=port))
+
+    def more(self) -> None:
+        self.roster.put(2, Endpoint("other", {"app": "shop"}), (ip_address("10.0.0.2"),))
+
+    def play(self, *steps: Callable[[], Coroutine[Any, Any, object]]) -> list[Any]:
+        async def run() -> list[Any]:
+            results = [await step() for step in (self.policy.enforce, *steps)]
+            await self.worker.close()
+            return results[1:]
+
+        return asyncio.run(run())
+
+    def agree(self, generation: int) -> None:
+        """Kernel and Python go by the same generation."""
+        assert self.datapath.generation == self.inspector.generation == generation
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting(tmp_path)
+
+
+def test_what_is_in_force_is_not_written_again(setting: Setting) -> None:
+    setting.play(setting.policy.enforce, setting.policy.reload, setting.policy.catch_up)
+    setting.agree(1)
+
+
+def test_a_reload(setting: Setting) -> None:
+    async def reload() -> list[str]:
+        setting.put(81)
+        return await setting.policy.reload()
+
+    assert setting.play(reload) == [[]]
+    assert setting.datapath.ports == {81}
+    setting.agree(2)
+
+
+@pytest.mark.parametrize(
+    "error", [BpfError("map policy: full", 7), PolicyTooLarge("too much"), RuntimeError("a bug")]
+)
+def test_a_reload_that_cannot_be_written_leaves_the_policy_before(setting: Setting, error: Exception) -> None:
+    async def reload() -> list[str]:
+        setting.put(81)
+        setting.datapath.full = error
+        return await setting.policy.reload()
+
+    ((told,),) = setting.play(reload)
+    assert told == f"{setting.folder}/isolator.yaml: {error}"
+    assert setting.datapath.ports == {80} and setting.policy.trouble is None
+    setting.agree(1)
+
+
+def test_where_the_policy_before_cannot_be_written_either_it_is_said_so(setting: Setting) -> None:
+    async def reload() -> list[str]:
+        setting.more()
+        setting.put(81)
+        setting.datapath.full = BpfError("map policy: full", 7)
+        return await setting.policy.reload()
+
+    async def again() -> list[str]:
+        setting.datapath.full = None
+        return await setting.policy.reload()
+
+    failed, told = setting.play(reload, again)
+    assert len(failed) == 2 and "generation 1 stays in force" in failed[1]
+    assert told == [] and setting.datapath.ports == {81} and setting.policy.trouble is None
+    setting.agree(4)
+
+
+def test_what_fails_behind_the_switch_changes_nothing_about_it(setting: Setting) -> None:
+    async def reload() -> list[str]:
+        setting.put(81)
+        setting.datapath.late = BpfError("membarrier failed", 1)
+        return await setting.policy.reload()
+
+    assert setting.play(reload) == [[]]
+    setting.agree(2)
+
+
+def test_what_was_refused_is_not_tried_each_second(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused() -> None:
+        setting.more()
+        setting.datapath.full = BpfError("map policy: full", 7)
+        for _ in range(5):
+            await setting.policy.catch_up()
+
+    async def later() -> None:
+        setting.datapath.full = None
+        monkeypatch.setattr(enforcement, "REFUSED_FOR", 0.0)
+        assert setting.policy.trouble is not None
+        await setting.policy.catch_up()
+
+    setting.play(refused, later)
+    assert setting.policy.trouble is None
+    setting.agree(3)
+
+
+def test_the_loop_goes_on_while_policy_is_compiled(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return compile_policies(*arguments)
+
+    async def beats() -> int:
+        setting.more()
+        count, enforcing = 0, asyncio.create_task(setting.policy.enforce())
+        while not enforcing.done():
+            await asyncio.sleep(0.01)
+            count += 1
+        return count
+
+    monkeypatch.setattr(enforcement, "compile_policies", slow)
+    assert setting.play(beats)[0] > 10
+
+
+def test_files_that_no_reader_expects(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> None:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr(enforcement, "load", broken)
+    ((told,),) = setting.play(setting.policy.reload)
+    assert told.startswith(f"{setting.folder}/isolator.yaml: ") and "too deep" in told
+    setting.agree(1)
+
+
+def test_settings_that_need_a_restart(setting: Setting) -> None:
+    async def reload() -> list[str]:
+        setting.put(81)
+        config = setting.folder / "isolator.yaml"
+        config.write_text(config.read_text() + "datapath: {xdp: generic}\n")
+        return await setting.policy.reload()
+
+    ((told,),) = setting.play(reload)
+    assert told.endswith("datapath cannot change while running: restart the agent")
+    assert setting.datapath.ports == {80}
+
+
+def test_every_change_of_the_files_is_seen_once(setting: Setting) -> None:
+    folder = setting.folder / "policies"
+    changes: list[Callable[[], object]] = [
+        lambda: (folder / "dangling.yaml").symlink_to("nowhere"),
+        lambda: (folder / "dangling.yaml").unlink(),
+        lambda: setting.put(8080),
+        lambda: (folder / "q.yaml").write_text(""),
+        lambda: (folder / "q.yaml").replace(folder / "p.yaml"),
+        lambda: (setting.folder / "isolator.yaml").unlink(),
+        lambda: (folder / "p.yaml").unlink(),
+        lambda: folder.rmdir(),
+    ]
+    assert not setting.policy.files_changed()
+    for change in changes:
+        change()
+        assert setting.policy.files_changed()
+        assert not setting.policy.files_changed()
+
+
+def test_a_stamp_of_what_cannot_be_looked_at(setting: Setting) -> None:
+    link = setting.folder / "policies" / "dangling.yaml"
+    link.symlink_to("nowhere")
+    assert stamps(setting.policy.path, setting.policy.config)[link] is None
