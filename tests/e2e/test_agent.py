@@ -42,7 +42,9 @@ def status(lab: Lab) -> dict[str, object]:
 
 
 def state_of(lab: Lab, name: str) -> str:
-    return next(str(each["state"]) for each in status(lab)["endpoints"] if each["name"] == name)  # type: ignore[attr-defined]
+    """`none` where there is no such endpoint, or no agent."""
+    known = status(lab).get("endpoints", [])
+    return next((str(each["state"]) for each in known if each["name"] == name), "none")  # type: ignore[attr-defined]
 
 
 # -- what it does not start with -----------------------------------------------------------------------------
@@ -127,6 +129,72 @@ def test_an_endpoint_that_vanishes_is_dropped_and_one_that_returns_is_spliced_ag
     wait_for(lambda: state_of(lab, "web") == "enforced", "the returned endpoint is not spliced")
     wait_for(lambda: lab.curl("web", f"http://{API}{ALLOWED}") == "200", "the returned endpoint is cut off")
     assert lab.curl("web", f"http://{API}{DENIED}") == "403"
+
+
+def test_an_interface_that_is_made_anew_is_spliced_again(lab: Lab) -> None:
+    """As `docker network disconnect` and `connect` do, and without either the endpoint must not stand open."""
+    before = status(lab)["generation"]
+    lab.inside("web", "ip", "link", "del", "eth0")
+    wait_for(lambda: state_of(lab, "web") == "failed", "the interface is not missed")
+    lab.add("web", 1)
+    wait_for(lambda: state_of(lab, "web") == "enforced", "the interface is not spliced again")
+    wait_for(lambda: lab.curl("web", f"http://{API}{ALLOWED}") == "200", "the returned endpoint is cut off")
+    assert lab.curl("web", f"http://{API}{DENIED}") == "403"
+    assert status(lab)["generation"] == before + 2, "one without it, one with it"  # type: ignore[operator]
+
+
+def test_an_endpoint_that_is_taken_out_of_the_config_gets_its_network_back(lab: Lab) -> None:
+    config = lab.root / "isolator.yaml"
+    whole = config.read_text()
+    config.write_text("".join(line for line in whole.splitlines(keepends=True) if "name: web" not in line))
+    wait_for(lambda: state_of(lab, "web") == "none", "it is not dropped")
+    assert not (STATE / "journal" / "web.json").exists()
+    run("ip", "netns", "del", f"{PREFIX}-web")
+    time.sleep(1.5)
+    assert (state_of(lab, "web"), state_of(lab, "api")) == ("none", "enforced")
+    lab.add("web", 1)
+    config.write_text(whole)
+    wait_for(lambda: state_of(lab, "web") == "enforced", "it is not taken up again")
+    wait_for(lambda: lab.curl("web", f"http://{API}{ALLOWED}") == "200", "the returned endpoint is cut off")
+
+
+def test_a_link_that_leads_nowhere_among_the_policies_is_told(lab: Lab) -> None:
+    link = lab.root / "policies" / "next.yaml"
+    link.symlink_to("nowhere.yaml")
+    wait_for(lambda: bool(status(lab)["policy_errors"]), "the dangling link is not noticed")
+    link.unlink()
+    wait_for(lambda: not status(lab)["policy_errors"], "its removal is not noticed")
+
+
+def test_a_restored_endpoint_stays_so_until_its_container_starts_anew(lab: Lab) -> None:
+    subprocess.run(
+        [*ISOLATOR, "restore", "web", "--socket", str(STATE / "isolator.sock")],
+        check=True,
+        capture_output=True,
+    )
+    time.sleep(2.5)
+    assert state_of(lab, "web") == "restored"
+    run("ip", "netns", "del", f"{PREFIX}-web")
+    wait_for(lambda: state_of(lab, "web") == "waiting", "the vanished endpoint is not noticed")
+    lab.add("web", 1)
+    wait_for(lambda: state_of(lab, "web") == "enforced", "the returned endpoint is not spliced")
+
+
+def test_a_later_start_waits_for_a_container_that_is_away_and_puts_back_what_is_not_its_own(lab: Lab) -> None:
+    config = lab.root / "isolator.yaml"
+    whole = config.read_text()
+    lab.stop_agent(signal.SIGKILL)
+    config.write_text(whole.replace("name: web, netns: isodemo-web", "name: absent, netns: isodemo-absent"))
+    with (lab.root / "agent.log").open("a") as log:
+        lab.agent = subprocess.Popen(
+            [sys.executable, "-m", "isolator.daemon", "run", str(config)], stdout=log, stderr=log, text=True
+        )
+    wait_for(lambda: bool(status(lab)) and state_of(lab, "api") == "enforced", "it does not start")
+    assert state_of(lab, "absent") == "waiting"
+    assert [path.name for path in (STATE / "journal").iterdir()] == ["api.json"]
+    config.write_text(whole)
+    wait_for(lambda: state_of(lab, "web") == "enforced", "the endpoint is not taken up again")
+    wait_for(lambda: lab.curl("web", f"http://{API}{ALLOWED}") == "200", "the returned endpoint is cut off")
 
 
 # -- how it dies ---------------------------------------------------------------------------------------------
