@@ -36,7 +36,7 @@ from isolator.control.config import Config, PolicySource, load
 from isolator.control.flowlog import FlowLog, FlowVerdict
 from isolator.control.netns_runtime import NetnsRuntime
 from isolator.control.problems import ConfigErrors
-from isolator.control.runtime import RuntimeAwayError
+from isolator.control.runtime import Runtime, RuntimeAwayError
 from isolator.control.server import ApiServer, SocketInUseError
 from isolator.core.compile import PolicyTooLarge
 from isolator.core.explain import Explanation, Question, explain
@@ -82,7 +82,7 @@ class Agent:
         self._inspector = Inspector({}, 0)
         xdp = XdpMode[loaded.config.xdp.upper()]
         self._node = Node(self._names, self._inspector, self._recorder.message, xdp)
-        self._runtime = NetnsRuntime(loaded.config.endpoints)
+        self._runtime = runtime_of(loaded.config)
         self._work = Worker()
         self._changing = asyncio.Lock()
         self._policy = Enforcement(
@@ -302,6 +302,14 @@ class Agent:
 
 
 # -- parts -------------------------------------------------------------------------------------------------
+
+
+def runtime_of(config: Config) -> Runtime:
+    if config.runtime == "netns":
+        return NetnsRuntime(config.endpoints)
+    from isolator.control.docker_runtime import DockerRuntime  # its libraries take 20 MB
+
+    return DockerRuntime(config.engine)
 
 
 @contextlib.contextmanager

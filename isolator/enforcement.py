@@ -191,7 +191,7 @@ def write(maps: PolicyMaps, compiled: Compiled) -> None:
 def fixed_settings(old: Config, new: Config) -> list[str]:
     """Settings that differ and that a running agent cannot change."""
     pairs = {
-        "runtime": (old.runtime, new.runtime),
+        "runtime": ((old.runtime, old.engine), (new.runtime, new.engine)),
         "state_dir": (old.state_dir, new.state_dir),
         "datapath": (old.xdp, new.xdp),
     }

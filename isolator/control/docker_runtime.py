@@ -32,7 +32,7 @@ import requests
 import structlog
 from docker.errors import DockerException  # type: ignore[import-untyped]
 
-from isolator.control.runtime import Change, ChangeKind, RuntimeEndpoint
+from isolator.control.runtime import Change, ChangeKind, RuntimeAwayError, RuntimeEndpoint
 
 RECONCILE_SECONDS = 5.0
 CALL_SECONDS = 10  # an engine that does not answer for so long counts as away
@@ -53,10 +53,6 @@ RESERVED = frozenset({"name", "image", "network", *KNOWN})
 Inspected = Mapping[str, Any]  # a container as GET /containers/{id}/json describes it
 
 log = structlog.get_logger()
-
-
-class EngineAwayError(Exception):
-    """The engine does not answer; the text says why."""
 
 
 # -- what a container is -------------------------------------------------------------------------------------
@@ -139,13 +135,12 @@ class DockerRuntime:
         return []
 
     def endpoints(self) -> list[RuntimeEndpoint]:
-        """Blocks. An engine that is away has none: they appear when it is back."""
-        with contextlib.suppress(EngineAwayError):
-            self._known = self.look()
+        """Blocks. Raises RuntimeAwayError."""
+        self._known = self.look()
         return list(self._known.values())
 
     def look(self) -> dict[str, RuntimeEndpoint]:
-        """Every endpoint by name. Blocks; raises EngineAwayError."""
+        """Every endpoint by name. Blocks; raises RuntimeAwayError."""
         found: dict[str, RuntimeEndpoint] = {}
         for container in self._running():
             self._report(container)
@@ -154,7 +149,9 @@ class DockerRuntime:
 
     def _running(self) -> Iterator[Inspected]:
         if not self._socket.is_socket():
-            raise EngineAwayError(f"no Docker engine: {self._socket} is no socket")
+            raise RuntimeAwayError(
+                f"no Docker engine at {self._socket}: start it, or correct runtime.socket in the config"
+            )
         try:
             if self._client is None:
                 self._client = docker.DockerClient(f"unix://{self._socket}", timeout=CALL_SECONDS)
@@ -163,7 +160,7 @@ class DockerRuntime:
                     yield self._client.api.inspect_container(each["Id"])
         except (DockerException, requests.RequestException, OSError) as error:
             self._client = None
-            raise EngineAwayError(f"no Docker engine answers at {self._socket}: {error}") from error
+            raise RuntimeAwayError(f"no Docker engine answers at {self._socket}: {error}") from error
 
     def _report(self, container: Inspected) -> None:
         reason = unprotectable(container)
@@ -177,7 +174,7 @@ class DockerRuntime:
             while True:
                 try:
                     after = await asyncio.to_thread(self.look)
-                except EngineAwayError as error:  # its containers may well run on: nothing has vanished
+                except RuntimeAwayError as error:  # its containers may well run on: nothing has vanished
                     log.warning("the engine is away", error=str(error))
                     await asyncio.sleep(AGAIN_SECONDS)
                     continue

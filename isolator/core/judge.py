@@ -55,7 +55,7 @@ class Judge:
         judged, pieces = Judged(), 0
         dissector = flow.dissector
         try:
-            while judged.end < len(data) or (judged.end and dissector.mode in _GRANTED):
+            while judged.end < len(data) or (judged.end == len(data) and dissector.mode in _GRANTED):
                 if pieces == PIECES_MAX:
                     judged.more = True
                     break

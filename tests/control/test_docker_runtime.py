@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from isolator.control.docker_runtime import DockerRuntime, differences, endpoints_of, unprotectable
+from isolator.control.runtime import RuntimeAwayError
 
 WEB: dict[str, Any] = {
     "Id": "4f" * 32,
@@ -89,5 +90,6 @@ def test_differences() -> None:
     assert [change.kind for change in differences({}, before)] == ["appeared", "appeared"]
 
 
-def test_an_engine_that_is_away_has_no_endpoints_yet(tmp_path: Path) -> None:
-    assert DockerRuntime(tmp_path / "none.sock").endpoints() == []
+def test_an_engine_that_is_away_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeAwayError, match=r"none.sock: start it, or correct runtime.socket"):
+        DockerRuntime(tmp_path / "none.sock").endpoints()

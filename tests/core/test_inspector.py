@@ -46,6 +46,14 @@ def test_a_body_gets_a_pass_window(talk: Conversation) -> None:
     assert commit.window == (body, end) and commit.next == end
 
 
+def test_a_body_is_granted_with_its_head_a_gibibyte_at_a_time(talk: Conversation) -> None:
+    head = b"POST /api/v1/a HTTP/1.1\r\nHost: api\r\nContent-Length: 5000000000\r\n\r\n"
+    commit = talk.client(0, head)[0]
+    body = (START + len(head)) & 0xFFFFFFFF
+    assert isinstance(commit, Commit) and commit.record == head
+    assert commit.window == (body, (body + (1 << 30)) & 0xFFFFFFFF) and commit.next == commit.window[1]
+
+
 def test_an_equal_retransmission_passes_and_a_different_one_ends_both_sides(talk: Conversation) -> None:
     talk.client(0, GET)
     assert kinds(talk.client(0, GET)) == [

@@ -1,0 +1,162 @@
+"""Containers of a real Docker engine: found, spliced and enforced by label; come, go, and come back."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isolator.control.client import Client, ClientError
+from isolator.datapath.bpf import unpin
+from isolator.datapath.netns import unpin_netns
+from isolator.datapath.node import Names
+from isolator.lab import wait_for
+from tests.e2e.docker_engine import Engine
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+STATE = Path("/run/isolator-test-docker")
+ALLOWED, DENIED = "api/v1/books", "admin/secrets"
+POLICY = """\
+kind: Policy
+metadata: {name: shop}
+spec:
+  select: {app: shop, role: api}
+  ingress:
+    - name: read-books
+      from: [{select: {app: shop}}]
+      ports: [{port: 80}]
+      http: [{methods: [GET], path: /api/v1/**}]
+"""
+SERVER = ("/bin/httpd", "-f", "-p", "80", "-h", "/www")
+IDLE = ("/bin/sleep", "3600")
+API, WEB, OTHER = {"app": "shop", "role": "api"}, {"app": "shop", "role": "web"}, {"app": "other"}
+
+
+@dataclass
+class Place:
+    engine: Engine
+    root: Path
+    agent: subprocess.Popen[bytes] | None = None
+
+    def start_agent(self) -> None:
+        with (self.root / "agent.log").open("ab") as log:
+            self.agent = subprocess.Popen(
+                [sys.executable, "-m", "isolator.daemon", "run", str(self.root / "isolator.yaml")],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        wait_for(lambda: "endpoints" in self.status(), "the agent does not come up")
+
+    def stop_agent(self, how: int = signal.SIGTERM) -> None:
+        if self.agent is not None:
+            self.agent.send_signal(how)
+            self.agent.wait(20)
+            self.agent = None
+
+    def status(self) -> dict[str, Any]:
+        try:
+            return Client(STATE / "isolator.sock").status()
+        except (ClientError, OSError):
+            return {}
+
+    def states(self) -> dict[str, str]:
+        return {each["name"]: each["state"] for each in self.status().get("endpoints", [])}
+
+    def settled(self, *names: str) -> None:
+        """These are the endpoints, and all are enforced."""
+        wait_for(
+            lambda: self.states() == dict.fromkeys(names, "enforced"),
+            f"{names}: not what {self.status()} says",
+        )
+
+    def pages(self, client: str, server: str) -> tuple[str, str]:
+        address = self.engine.address(server)
+        allowed, denied = (
+            self.engine.fetch(client, f"http://{address}/{page}") for page in (ALLOWED, DENIED)
+        )
+        return allowed, denied
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    root = tmp_path_factory.mktemp("docker")
+    (root / "shop.yaml").write_text(POLICY)
+    engine = Engine(Path("/tmp/isolator-test-engine"), "isotest-engine")
+    (root / "isolator.yaml").write_text(
+        f"runtime: {{kind: docker, socket: {engine.socket}}}\nstate_dir: {STATE}\npolicies: [shop.yaml]\n"
+    )
+    with engine:
+        made = Place(engine, root)
+        try:
+            made.start_agent()
+            yield made
+        finally:
+            made.stop_agent()
+            subprocess.run(
+                [sys.executable, "-m", "isolator.daemon", "restore", str(STATE)],
+                check=False,
+                capture_output=True,
+            )
+            unpin_netns(Names.of(STATE).netns)
+            unpin(Names.of(STATE).pins)
+
+
+def test_containers_are_protected_by_their_labels(place: Place) -> None:
+    engine = place.engine
+    engine.run("api", *SERVER, labels=API)
+    engine.run("web", *IDLE, labels=WEB)
+    engine.run("other", *IDLE, labels=OTHER)
+    engine.run("on-host", *IDLE, network_mode="host")
+    place.settled("api", "web", "other")
+    assert place.pages("web", "api") == (ALLOWED, "403")
+    assert place.pages("other", "api") == ("000", "000")
+    assert "on-host" in (place.root / "agent.log").read_text()
+
+
+def test_a_restarted_container_is_protected_again(place: Place) -> None:
+    place.engine.client.containers.get("api").restart(timeout=1)
+    place.settled("api", "web", "other")
+    assert place.pages("web", "api") == (ALLOWED, "403")
+
+
+def test_a_container_that_goes_leaves_nothing(place: Place) -> None:
+    place.engine.client.containers.get("other").remove(force=True)
+    place.settled("api", "web")
+    links = subprocess.run(
+        ["ip", "-n", Names.of(STATE).netns, "-br", "link"], capture_output=True, text=True, check=True
+    ).stdout
+    assert len(links.splitlines()) == 1 + 2 + 4  # lo, the punt pair, two splices
+
+
+def test_each_network_of_a_container_is_an_endpoint(place: Place) -> None:
+    network = place.engine.client.networks.create("back")
+    network.connect("api")
+    place.settled("api", "web", "api@back")
+    network.disconnect("api")
+    place.settled("api", "web")
+    network.remove()
+    assert place.pages("web", "api") == (ALLOWED, "403")
+
+
+def test_what_came_and_went_while_the_agent_was_away(place: Place) -> None:
+    place.stop_agent(signal.SIGKILL)
+    place.engine.client.containers.get("api").remove(force=True)
+    place.engine.run("api2", *SERVER, labels=API)
+    place.start_agent()
+    place.settled("api2", "web")
+    assert place.pages("web", "api2") == (ALLOWED, "403")
+
+
+def test_the_engine_is_restarted(place: Place) -> None:
+    """Its containers die with it; those that come back are protected again."""
+    place.engine.stop()
+    place.engine.start()
+    for name in ("api2", "web"):
+        place.engine.client.containers.get(name).start()
+    place.settled("api2", "web")
+    assert place.pages("web", "api2") == (ALLOWED, "403")
