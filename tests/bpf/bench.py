@@ -11,6 +11,7 @@ drop is counted, and `Bench.send` waits until one of these has happened.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import struct
@@ -37,6 +38,7 @@ ENDPOINT, PROFILE = 7, 5
 VNET_NONE = bytes(10)
 INGRESS, EGRESS = Direction.INGRESS, Direction.EGRESS
 _SOL_PACKET, _PACKET_VNET_HDR, _PACKET_IGNORE_OUTGOING = 263, 15, 23
+_NUMBERS = itertools.count()
 _PATIENCE = 5.0  # seconds until a frame that shows up nowhere is a failure
 
 
@@ -107,8 +109,9 @@ def ip(*words: str) -> str:
 
 @contextlib.contextmanager
 def namespaces(*names: str) -> Iterator[list[str]]:
-    """Namespaces named bpt-<pid>-<name>, without IPv6, deleted at the end."""
-    full = [f"bpt-{os.getpid()}-{name}" for name in names]
+    """Namespaces named bpt-<pid>-<number>-<name>, without IPv6, deleted at the end."""
+    number = next(_NUMBERS)
+    full = [f"bpt-{os.getpid()}-{number}-{name}" for name in names]
     with contextlib.ExitStack() as undo:
         for name in full:
             ip("netns", "add", name)
@@ -238,7 +241,7 @@ def key_of(
 @contextlib.contextmanager
 def bench() -> Iterator[Bench]:
     """Build it, and take it down again whatever happens."""
-    pins = Path(f"/sys/fs/bpf/isolator-test-{os.getpid()}")
+    pins = Path(f"/sys/fs/bpf/isolator-test-{os.getpid()}-{next(_NUMBERS)}")
     with contextlib.ExitStack() as undo:
         isolator, ends = undo.enter_context(namespaces("isolator", "ends"))
         pair((isolator, "container-port"), (ends, "container"))
