@@ -209,7 +209,8 @@ struct half {
 	__u32 record_seq;
 	__u16 record_len;
 	__u8 flags;
-	__u8 pad[5];
+	__u8 gate; /* what is in a window goes through Python too, until what is under way there has gone: in order */
+	__u8 pad[4];
 	__u8 record[RECORD_MAX + 4];
 };
 
@@ -239,11 +240,13 @@ enum flow7_op {
 	FLOW7_COMMIT = 1, /* record, window, mode, remaining; then next moves on */
 	FLOW7_OWN = 2,    /* set one half's owner */
 	FLOW7_DELETE = 3, /* forget the flow and give its place back */
+	FLOW7_OPEN = 4,   /* open one half's gate */
 };
 #define COMMIT_RECORD 1 /* record[record_seq, +record_len) replaces the half's record */
 #define COMMIT_WINDOW 2 /* window is added */
 #define COMMIT_MARK 4   /* the answer begins where the other half stands now */
 #define COMMIT_FIN 8    /* the half ends at next */
+#define COMMIT_GATE 16  /* the half's gate is shut */
 enum flow7_result { FLOW7_OK = 0, FLOW7_GONE = 1, FLOW7_STALE = 2 /* incarnation, owner or next not as expected */ };
 struct flow7_command {
 	struct flow_key key;

@@ -58,6 +58,8 @@ static __always_inline __u32 commit(struct half *half, struct half *other, struc
 		WRITE_ONCE(half->windows[half->window_at & (WINDOWS_MAX - 1)], WINDOW(c->window_from, c->window_to));
 		half->window_at++;
 	}
+	if (c->flags & COMMIT_GATE)
+		half->gate = 1;
 	if (c->flags & COMMIT_MARK) {
 		other->record_len = 0;
 		other->record_seq = WORD_NEXT(other->word);
@@ -118,6 +120,8 @@ int isolator_flow7(struct flow7_command *c)
 		c->result = commit(half, other, c);
 	else if (c->op == FLOW7_OWN)
 		c->result = set_owner(half, c->owner);
+	else if (c->op == FLOW7_OPEN)
+		c->result = half->gate = FLOW7_OK; /* 0 */
 	c->acked = half->acked;
 	c->other_next = WORD_NEXT(other->word);
 	c->other_record_len = other->record_len;

@@ -42,6 +42,7 @@ static __always_inline void incarnate(struct flow7 *f, struct half *client, stru
 	client->mode = 0;
 	client->remaining = 0;
 	client->flags = 0;
+	client->gate = 0;
 	server->flags = 0;
 	server->acked = p->seq + 1;
 	server->record_seq = p->seq + 1;
@@ -217,8 +218,8 @@ static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f
 	}
 	if (after(acked, p->seq))
 		return needs_python(f, client, PUNT_PAYLOAD);
-	if (in_window(client, p->seq, end))
-		return STEP_FORWARD;
+	if (in_window(client, p->seq, end)) /* overtaking what Python has yet to send would look like loss */
+		return client->gate && agent_is_up() ? needs_python(f, client, PUNT_PAYLOAD) : STEP_FORWARD;
 	equal = compare_record(skb, client, p);
 	if (equal == 1)
 		return STEP_FORWARD;

@@ -192,9 +192,11 @@ class Inspector:
         self, flow: Flow, segment: Segment, packet: memoryview, now: float
     ) -> tuple[list[Command], Fresh | None]:
         """What becomes of the frame's old bytes, and the new ones that are next to be judged, if any."""
-        data = bytes(packet[segment.payload_at : segment.payload_end])
         stream = flow.stream
         lead = seq_sub(stream.next, segment.seq)
+        if lead > 0 and flow.windows and self._is_granted(flow, segment):
+            return [Commit(flow, flow.next, flow.next), Forward()], None
+        data = bytes(packet[segment.payload_at : segment.payload_end])
         if lead == 0 and data and not stream.held and not segment.flags & (FIN | RST):
             return ([Drop(DropReason.HELD_FULL)], None) if self._is_full(flow) else ([], (data, True))
         remember(flow, segment, packet)
@@ -211,6 +213,13 @@ class Inspector:
         again = self._again(flow, segment.seq, data[:lead], ACK) if lead > 0 else []
         commands, fresh = self._insert(flow, segment, data, now)
         return again + commands, fresh
+
+    def _is_granted(self, flow: Flow, segment: Segment) -> bool:
+        """All of it lies in one pass window, and ends nothing: most of a body that comes through here."""
+        end = (segment.seq + segment.payload_length) & _MASK
+        if segment.flags & (FIN | RST) or end == segment.seq or seq_lt(segment.seq, flow.acked):
+            return False
+        return any(seq_le(start, segment.seq) and seq_le(end, stop) for start, stop in flow.windows)
 
     def _insert(
         self, flow: Flow, segment: Segment, data: bytes, now: float

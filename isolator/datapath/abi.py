@@ -29,8 +29,8 @@ POLICY_AUDIT, POLICY_TRIAL, POLICY_FAIL_OPEN, POLICY_UNREAD = 1, 2, 4, 8
 FLOW_AUDIT, FLOW_FAIL_OPEN, FLOW_PASSED_OPEN, FLOW_DENIED, FLOW_PLAIN = 1, 4, 8, 16, 32
 HALF_FIN, HALF_RST = 1, 2
 FLOW7_LIVE, FLOW7_PENDING = 1, 2
-FLOW7_COMMIT, FLOW7_OWN, FLOW7_DELETE = 1, 2, 3
-COMMIT_RECORD, COMMIT_WINDOW, COMMIT_MARK, COMMIT_FIN = 1, 2, 4, 8
+FLOW7_COMMIT, FLOW7_OWN, FLOW7_DELETE, FLOW7_OPEN = 1, 2, 3, 4
+COMMIT_RECORD, COMMIT_WINDOW, COMMIT_MARK, COMMIT_FIN, COMMIT_GATE = 1, 2, 4, 8, 16
 FLOW7_OK, FLOW7_GONE, FLOW7_STALE = 0, 1, 2
 EVENT_FLOW, EVENT_DROP = 1, 2
 
@@ -82,7 +82,7 @@ FLOW4 = Layout(
 HALF = Layout(
     "half",
     word="Q", remaining="Q", mode="I", acked="I", windows=f"{2 * WINDOWS_MAX}I", window_at="I",
-    record_seq="I", record_len="H", flags="B", pad="5x", record=f"{RECORD_MAX + 4}s",
+    record_seq="I", record_len="H", flags="B", gate="B", pad="4x", record=f"{RECORD_MAX + 4}s",
 )  # fmt: skip
 FLOW7 = Layout(
     "flow7",
@@ -285,6 +285,7 @@ class Half:
     record_seq: int
     record: bytes
     flags: int
+    gate: int = 0
 
     @property
     def next(self) -> int:
@@ -298,10 +299,12 @@ class Half:
     def unpack(cls, data: Octets) -> Half:
         word, remaining, mode, acked, *rest = HALF.struct.unpack(data)
         spans = [(rest[at], rest[at + 1]) for at in range(0, 2 * WINDOWS_MAX, 2)]
-        window_at, record_seq, record_len, flags, record = rest[2 * WINDOWS_MAX :]
+        window_at, record_seq, record_len, flags, gate, record = rest[2 * WINDOWS_MAX :]
         oldest = window_at % WINDOWS_MAX
         windows = tuple(span for span in spans[oldest:] + spans[:oldest] if span[0] != span[1])
-        return cls(Word.unpack(word), remaining, mode, acked, windows, record_seq, record[:record_len], flags)
+        return cls(
+            Word.unpack(word), remaining, mode, acked, windows, record_seq, record[:record_len], flags, gate
+        )
 
     def pack(self) -> bytes:
         """For tests, and to bring a flow back after its maps were laid out anew."""
@@ -309,7 +312,7 @@ class Half:
         spans += [0] * (2 * WINDOWS_MAX - len(spans))
         return HALF.struct.pack(
             self.word.pack(), self.remaining, self.mode, self.acked, *spans, len(self.windows) % WINDOWS_MAX,
-            self.record_seq, len(self.record), self.flags, self.record,
+            self.record_seq, len(self.record), self.flags, self.gate, self.record,
         )  # fmt: skip
 
 

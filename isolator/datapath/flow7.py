@@ -15,12 +15,14 @@ from typing import NamedTuple
 from isolator.core.model import Direction, Owner
 from isolator.datapath.abi import (
     COMMIT_FIN,
+    COMMIT_GATE,
     COMMIT_MARK,
     COMMIT_RECORD,
     COMMIT_WINDOW,
     FLOW7_COMMAND,
     FLOW7_COMMIT,
     FLOW7_DELETE,
+    FLOW7_OPEN,
     FLOW7_OWN,
     RECORD_MAX,
     WINDOW_BYTES_MAX,
@@ -85,12 +87,14 @@ class FlowCommands:
         record: tuple[int, bytes] | None = None,
         mark: bool = False,
         fin: bool = False,
+        gate: bool = True,
     ) -> Answer:
         """Move a half's `next` from `expect_next` to `following`, all of it or nothing.
 
         `record`: (sequence number, bytes ≤ RECORD_MAX) of the message's head, `window`: [from, to) that the
-        kernel may pass, `mark`: the answer begins where the other half stands now, `fin`: the half ends at
-        `following`. With both numbers equal it only tells whether the flow is still the one that is meant.
+        kernel may pass, `gate`: only once `open_gate` was called, `mark`: the answer begins where the other half
+        stands now, `fin`: the half ends at `following`. With both numbers equal it only tells whether the flow is
+        still the one that is meant.
         """
         flags, at, length = 0, 0, 0
         if record is not None:
@@ -105,7 +109,7 @@ class FlowCommands:
         else:
             if (window[1] - window[0]) & 0xFFFFFFFF > WINDOW_BYTES_MAX:
                 raise ValueError(f"a window of more than {WINDOW_BYTES_MAX} bytes")
-            flags |= COMMIT_WINDOW
+            flags |= COMMIT_WINDOW | (COMMIT_GATE if gate else 0)
         if mark:
             flags |= COMMIT_MARK
         if fin:
@@ -120,6 +124,11 @@ class FlowCommands:
     def own(self, key: bytes, direction: Direction, incarnation: int, owner: Owner) -> Answer:
         """Set a half's owner."""
         self._plain(key, FLOW7_OWN, direction, owner, incarnation)
+        return self._run()
+
+    def open_gate(self, key: bytes, direction: Direction, incarnation: int) -> Answer:
+        """What is in the half's windows passes in the kernel: nothing of the flow is under way here any more."""
+        self._plain(key, FLOW7_OPEN, direction, Owner.KERNEL, incarnation)
         return self._run()
 
     def delete(self, key: bytes, incarnation: int) -> Answer:

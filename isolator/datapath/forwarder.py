@@ -33,6 +33,7 @@ from parsers.packet import Segment, parse_segment, tcp_checksum_ok
 
 SPIN = 40e-6  # s that the loop waits for a frame before it sleeps: a wake-up costs about as much
 TURN = 2e-3  # s after which other work of the process has its turn
+GATE_SHUT = 5e-3  # s at the most that a granted body comes through Python, so that nothing of it is overtaken
 BATCH = 64  # frames taken from the ring at once
 REFUSALS_PER_SECOND = 1000  # resets and ICMP errors for what layer 4 refuses (RFC 4443 section 2.4 f)
 _TCP = 6
@@ -73,6 +74,7 @@ class Forwarder:
         self._ports = ports
         self._report = report
         self._refused_at, self._refusals = 0, 0
+        self._gated: dict[Flow, float] = {}  # flows with a shut gate → when it is opened at the latest
         self.drops: Counter[DropReason] = Counter()
 
     # -- the loop -------------------------------------------------------------------------------------------
@@ -91,6 +93,8 @@ class Forwarder:
                 except Exception as error:  # no packet may end the agent, or take others with it
                     self._drop(frame, error)
             now = time.perf_counter()
+            if self._gated:
+                self._open_gates(now, drained=not frames)
             if frames:
                 quiet_since = now
                 if now - began > TURN:
@@ -99,6 +103,13 @@ class Forwarder:
                 break
         control.need_wakeup = True
         return self._ring.waiting  # what came while the bell was being set would not have rung
+
+    def _open_gates(self, now: float, drained: bool) -> None:
+        """Nothing is under way here any more: granted bodies may go by in the kernel, and overtake nothing."""
+        for flow, latest in list(self._gated.items()):
+            if drained or latest < now:
+                del self._gated[flow]
+                self._pinned.commands.open_gate(flow.key, flow.initiator, flow.incarnation)
 
     def tick(self, now: float) -> None:
         """`now`: seconds, of the clock that stamps frames (CLOCK_REALTIME)."""
@@ -161,7 +172,10 @@ class Forwarder:
         pinned = self._pinned.flow7(key)
         if pinned is None or pinned.incarnation & 0xFF != context >> 24:
             return None
-        return self._inspector.adopt(key, context & 0xFFFF, segment.key, pinned)
+        flow = self._inspector.adopt(key, context & 0xFFFF, segment.key, pinned)
+        if flow is not None and pinned.client.gate:  # shut by an agent before this one, or a moment ago
+            self._gated.setdefault(flow, time.perf_counter() + GATE_SHUT)
+        return flow
 
     def _refuse(self, packet: memoryview, context: int, both: bool) -> None:
         """Answers the sender of a frame with a reset or an ICMP error; a connection cut off is told to both ends."""
@@ -220,6 +234,8 @@ class Forwarder:
         )  # fmt: skip
         if answer.outcome is Outcome.OK:
             self._inspector.committed(flow, answer.acked)
+            if c.window is not None:
+                self._gated[flow] = time.perf_counter() + GATE_SHUT
             return True
         self._inspector.forget(flow)
         self.drops[DropReason.TCP_STATE] += 1

@@ -82,7 +82,7 @@ class Conversation:
     def commit(
         self, following: int, expect: int | None = None, incarnation: int | None = None, **what: object
     ) -> Answer:
-        """Move the boundary to `following` bytes behind the start."""
+        """Move the boundary to `following` bytes behind the start; the gate stays open."""
         expected = self.half.next if expect is None else expect
         return self.b.datapath.commands.commit(
             self.key,
@@ -90,7 +90,7 @@ class Conversation:
             self.flow.incarnation if incarnation is None else incarnation,
             expected,
             self.at(following),
-            **what,
+            **{"gate": False, **what},
         )  # type: ignore[arg-type]
 
     def own(self, owner: Owner, server: bool = False) -> Answer:

@@ -450,6 +450,16 @@ def test_a_window_is_gone_once_it_is_acknowledged(c: Conversation) -> None:
     assert str(c.client("PA", c.at(at), S, b"GET /secret")) == "punt MISMATCH"
 
 
+def test_nothing_overtakes_what_python_holds(c: Conversation) -> None:
+    assert c.commit(END + 100, record=(c.start, HEAD), window=(c.at(END), c.at(END + 100)), gate=True)
+    assert str(c.client("PA", c.at(END), S, b"b" * 50)) == "punt PAYLOAD"
+    c.b.agent(up=False)
+    assert str(c.client("PA", c.at(END), S, b"b" * 50)) == "container"  # nobody is left to keep the order
+    c.b.agent(up=True)
+    assert c.b.datapath.commands.open_gate(c.key, c.direction, c.flow.incarnation)
+    assert str(c.client("PA", c.at(END + 50), S, b"b" * 50)) == "container"
+
+
 def test_a_fin_inside_a_window(c: Conversation) -> None:
     """A body that nobody reads may end early: an upload that is given up, a half-closed tunnel."""
     assert c.commit(END + 1000, record=(c.start, HEAD), window=(c.at(END), c.at(END + 1000)))

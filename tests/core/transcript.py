@@ -31,6 +31,7 @@ class Half:
     windows: tuple[tuple[int, int], ...] = ()
     record_seq: int = 0
     record: bytes = b""
+    gate: int = 0
 
 
 @dataclass
