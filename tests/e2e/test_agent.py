@@ -63,7 +63,14 @@ WITHOUT = {
         "has no BTF",
     ),
     "bpffs": (
-        ("unshare", "-m", "sh", "-c", 'umount /sys/fs/bpf; mount -t tmpfs none /sys/fs && exec "$@"', "-"),
+        (
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            'while umount /sys/fs/bpf 2>/dev/null; do :; done; mount -t tmpfs none /sys/fs && exec "$@"',
+            "-",
+        ),
         "cannot mount bpffs",
     ),
 }
