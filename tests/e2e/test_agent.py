@@ -56,23 +56,14 @@ def test_a_second_agent_on_the_same_state_is_refused(lab: Lab) -> None:
     assert status(lab)["ready"]
 
 
+NO_BPFFS = 'while umount /sys/fs/bpf 2>/dev/null; do :; done; mount -t tmpfs none /sys/fs && exec "$@"'
 WITHOUT = {
     "root": (("setpriv", "--bounding-set=-all"), "needs root"),
     "BTF": (
         ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /sys/kernel/btf && exec "$@"', "-"),
         "has no BTF",
     ),
-    "bpffs": (
-        (
-            "unshare",
-            "-m",
-            "sh",
-            "-c",
-            'while umount /sys/fs/bpf 2>/dev/null; do :; done; mount -t tmpfs none /sys/fs && exec "$@"',
-            "-",
-        ),
-        "cannot mount bpffs",
-    ),
+    "bpffs": (("unshare", "-m", "sh", "-c", NO_BPFFS, "-"), "cannot mount bpffs"),
 }
 
 
