@@ -319,7 +319,7 @@ def runtime_of(config: Config) -> Runtime:
 def hold(state_dir: Path) -> Iterator[None]:
     """One agent for each state folder. Raises AgentError if there is one already."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    with open(state_dir / "agent.lock", "w") as file:
+    with open(state_dir / "agent.lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -331,6 +331,7 @@ def hold(state_dir: Path) -> Iterator[None]:
 
 
 def write_pid(file: IO[str]) -> None:
+    file.truncate(0)  # only now: until it holds the lock it is another agent's
     file.write(f"{os.getpid()}\n")
     file.flush()
 

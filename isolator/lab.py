@@ -10,6 +10,7 @@ The demo, the benchmarks and the end-to-end tests stand on it.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -151,10 +152,12 @@ class Lab:
 
     def clear(self) -> None:
         """Takes away what this or an earlier run left."""
-        names = Names.of(STATE)
-        unpin_netns(names.netns)
-        unpin(names.pins)
-        shutil.rmtree(STATE, ignore_errors=True)
+        forget_agent(STATE)
+        for file in self.root.glob("**/nginx.pid"):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(file.read_text())
+                if str(self.root).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGTERM)
         shutil.rmtree(self.root, ignore_errors=True)
         for path in Path("/run/netns").glob(f"{PREFIX}-*"):
             run("ip", "netns", "del", path.name)
@@ -279,6 +282,19 @@ class Lab:
             "ethtool -k eth0",
         )
         return "".join(self.inside(name, *command.split()) for name in ("web", "api") for command in commands)
+
+
+def forget_agent(state_dir: Path) -> None:
+    """Ends an agent that a run which was cut off left on this state folder, and takes all away that it made."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int((state_dir / "agent.lock").read_text())
+        if b"isolator.daemon" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: not Path(f"/proc/{pid}").exists(), f"agent {pid} does not end")
+    names = Names.of(state_dir)
+    unpin_netns(names.netns)
+    unpin(names.pins)
+    shutil.rmtree(state_dir, ignore_errors=True)
 
 
 def wait_for(condition: Callable[[], bool], otherwise: str, seconds: float = 15) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import tarfile
@@ -38,6 +40,7 @@ class Engine:
         return self.root / "d.sock"
 
     def __enter__(self) -> Engine:
+        self.clear()
         subprocess.run(["ip", "netns", "add", self.netns], check=True)
         subprocess.run(["ip", "-n", self.netns, "link", "set", "lo", "up"], check=True)
         self.root.mkdir(parents=True)
@@ -81,11 +84,30 @@ class Engine:
                 with contextlib.suppress(docker.errors.APIError):
                     container.remove(force=True)
         self.stop()
-        subprocess.run(["ip", "netns", "del", self.netns], check=False)
+        self.clear()
+
+    def clear(self) -> None:
+        """Takes away what this or an earlier run left: processes that name our folder, mounts, the namespace."""
+        for pid in self._left():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if Path(f"/run/netns/{self.netns}").exists():
+            subprocess.run(["ip", "netns", "del", self.netns], check=True)
         for line in Path("/proc/self/mounts").read_text().splitlines():
             if line.split()[1].startswith(f"{self.root}/"):
                 subprocess.run(["umount", "-l", line.split()[1]], check=False)
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _left(self) -> list[int]:
+        """Processes that name our folder, and what they have started: containers before their shims."""
+        ours, parents = set(), {}
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(path.name)
+                parents[pid] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if f"{self.root}/".encode() in (path / "cmdline").read_bytes():
+                    ours.add(pid)
+        return [pid for pid, parent in parents.items() if parent in ours] + sorted(ours)
 
     # -- containers ------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ def state_of(lab: Lab, name: str) -> str:
 def test_a_second_agent_on_the_same_state_is_refused(lab: Lab) -> None:
     line = refused(*ISOLATOR, "run", "-c", str(lab.root / "isolator.yaml"))
     assert "another agent runs on" in line and "stop it, or use another state_dir" in line
-    assert status(lab)["ready"]
+    assert status(lab)["ready"] and (STATE / "agent.lock").read_text() == f"{status(lab)['pid']}\n"
 
 
 NO_BPFFS = 'while umount /sys/fs/bpf 2>/dev/null; do :; done; mount -t tmpfs none /sys/fs && exec "$@"'

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 
 from isolator.control.client import Client, ClientError
-from isolator.datapath.bpf import unpin
-from isolator.datapath.netns import unpin_netns
 from isolator.datapath.node import Names
-from isolator.lab import wait_for
+from isolator.lab import forget_agent, wait_for
 from tests.e2e.docker_engine import Engine
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -97,6 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     (root / "isolator.yaml").write_text(
         f"runtime: {{kind: docker, socket: {engine.socket}}}\nstate_dir: {STATE}\npolicies: [shop.yaml]\n"
     )
+    forget_agent(STATE)
     with engine:
         made = Place(engine, root)
         try:
@@ -104,13 +103,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             yield made
         finally:
             made.stop_agent()
-            subprocess.run(
-                [sys.executable, "-m", "isolator.daemon", "restore", str(STATE)],
-                check=False,
-                capture_output=True,
-            )
-            unpin_netns(Names.of(STATE).netns)
-            unpin(Names.of(STATE).pins)
+            forget_agent(STATE)
 
 
 def test_containers_are_protected_by_their_labels(place: Place) -> None:
