@@ -113,6 +113,13 @@ def test_a_bad_policy_leaves_the_old_one_in_force_and_is_told(lab: Lab) -> None:
     wait_for(lambda: not status(lab)["policy_errors"], "the good policy is not noticed")
 
 
+def test_sighup_reads_the_files_again(lab: Lab) -> None:
+    before = lab.log_text().count("policy in force")
+    assert lab.agent is not None
+    lab.agent.send_signal(signal.SIGHUP)
+    wait_for(lambda: lab.log_text().count("policy in force") > before, "SIGHUP is not answered")
+
+
 # -- what comes and goes -------------------------------------------------------------------------------------
 
 
