@@ -7,7 +7,8 @@ engine that was restarted and an agent that was away all end in the same way: th
 repeated every RECONCILE_SECONDS, also without an event.
 
 An endpoint is one interface: a container on one network has its name, each further network of it makes an
-endpoint NAME@NETWORK. The engine does not tell an interface's name inside: its MAC names it.
+endpoint NAME@NETWORK. It keeps that name as long as it lives, whatever its container is called by then: only the
+labels follow. The engine does not tell an interface's name inside: its MAC names it.
 
 Labels are the container's own, and these, which stand for what the engine knows (a container's label of the
 same name does not count):
@@ -24,6 +25,7 @@ import contextlib
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +143,11 @@ class DockerRuntime:
 
     def look(self) -> dict[str, RuntimeEndpoint]:
         """Every endpoint by name. Blocks; raises RuntimeAwayError."""
-        found: dict[str, RuntimeEndpoint] = {}
+        found: list[RuntimeEndpoint] = []
         for container in self._running():
             self._report(container)
-            found.update((endpoint.name, endpoint) for endpoint in endpoints_of(container))
-        return found
+            found += endpoints_of(container)
+        return named(found, self._known)
 
     def _running(self) -> Iterator[Inspected]:
         if not self._socket.is_socket():
@@ -207,6 +209,22 @@ class DockerRuntime:
             yield
         finally:
             ended.set()
+
+
+def named(
+    found: Sequence[RuntimeEndpoint], known: Mapping[str, RuntimeEndpoint]
+) -> dict[str, RuntimeEndpoint]:
+    """By name: the one under which an interface is known, else its own; a name that is taken gets its MAC behind."""
+    names = {(each.netns, each.interface): name for name, each in known.items()}
+    by_name = {}
+    for each in found:
+        if (name := names.get((each.netns, each.interface))) is not None:
+            by_name[name] = replace(each, name=name)
+    for each in found:
+        if (each.netns, each.interface) not in names:
+            name = each.name if each.name not in by_name else f"{each.name}@{each.interface}"
+            by_name[name] = replace(each, name=name)
+    return by_name
 
 
 def differences(

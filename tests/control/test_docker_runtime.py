@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from isolator.control.docker_runtime import DockerRuntime, differences, endpoints_of, unprotectable
+from isolator.control.docker_runtime import DockerRuntime, differences, endpoints_of, named, unprotectable
 from isolator.control.runtime import RuntimeAwayError
 
 WEB: dict[str, Any] = {
@@ -88,6 +88,19 @@ def test_differences() -> None:
         ["relabelled web@back", "relabelled web"],
     ]  # fmt: skip
     assert [change.kind for change in differences({}, before)] == ["appeared", "appeared"]
+
+
+def test_an_endpoint_keeps_its_name_and_a_name_that_is_taken_is_told_apart() -> None:
+    known = named(endpoints_of(WEB), {})
+    assert list(known) == ["web@back", "web"]
+    renamed = endpoints_of(web(Name="/shop"))
+    other = endpoints_of(web(NetworkSettings__SandboxKey="/ns/other"))
+    again = named([*renamed, *other], known)
+    assert (again["web"].labels["name"], again["web"].netns) == ("shop", known["web"].netns)
+    assert set(again) == {"web@back", "web", "web@back@02:42:ac:12:00:02", "web@02:42:ac:11:00:02"}
+    assert [change.kind for change in differences(known, {name: again[name] for name in known})] == [
+        "relabelled"
+    ] * 2
 
 
 def test_an_engine_that_is_away_is_said_to_be(tmp_path: Path) -> None:

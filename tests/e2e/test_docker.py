@@ -65,6 +65,10 @@ class Place:
     def states(self) -> dict[str, str]:
         return {each["name"]: each["state"] for each in self.status().get("endpoints", [])}
 
+    def labels(self, name: str) -> dict[str, str]:
+        found = [each["labels"] for each in self.status().get("endpoints", []) if each["name"] == name]
+        return found[0] if found else {}
+
     def settled(self, *names: str) -> None:
         """These are the endpoints, and all are enforced."""
         wait_for(
@@ -116,6 +120,24 @@ def test_containers_are_protected_by_their_labels(place: Place) -> None:
     place.enforces("web", "api")
     assert place.pages("other", "api") == ("000", "000")
     assert "on-host" in (place.root / "agent.log").read_text()
+
+
+def test_a_renamed_container_stays_protected_and_its_labels_follow(place: Place) -> None:
+    """Also its connections: nothing is spliced anew."""
+    spliced = (place.root / "agent.log").read_text().count("spliced")
+    place.engine.client.containers.get("web").rename("shop-web")
+    wait_for(lambda: place.labels("web").get("name") == "shop-web", "the new name is not noticed")
+    assert place.states() == dict.fromkeys(("api", "web", "other"), "enforced")
+    place.engine.client.containers.get("shop-web").rename("web")
+    wait_for(lambda: place.labels("web").get("name") == "web", "the old name is not noticed")
+    assert (place.root / "agent.log").read_text().count("spliced") == spliced
+
+
+def test_a_paused_container_stays_protected(place: Place) -> None:
+    container = place.engine.client.containers.get("api")
+    container.pause()
+    container.unpause()
+    place.enforces("web", "api")
 
 
 def test_a_restarted_container_is_protected_again(place: Place) -> None:
