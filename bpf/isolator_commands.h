@@ -68,12 +68,16 @@ static __always_inline __u32 commit(struct half *half, struct half *other, struc
 	half->remaining = c->remaining;
 	for (i = 0; i < 64; i++) { /* punts may count up meanwhile */
 		word = half->word;
+		if (WORD_NEXT(word) != c->expect_next || WORD_OWNER(word) != OWNER_PYTHON)
+			break; /* another connection meanwhile: nothing of this one is left to it */
 		if (__sync_val_compare_and_swap(&half->word, word, (word & ~0xffffffffull) | c->next) == word) {
 			if (c->flags & COMMIT_FIN)
 				half->flags |= HALF_FIN;
 			return FLOW7_OK;
 		}
 	}
+	WRITE_ONCE(half->record_len, 0);
+	__builtin_memset(half->windows, 0, sizeof(half->windows));
 	return FLOW7_STALE;
 }
 

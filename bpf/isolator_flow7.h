@@ -55,6 +55,15 @@ static __always_inline void incarnate(struct flow7 *f, struct half *client, stru
 	f->state = FLOW7_LIVE;
 }
 
+/* A SYN sent again while the server may not have seen what followed it: the answer to it would move the boundary
+ * back over bytes under way. Once the server has acknowledged any, or reset, it answers no old SYN. */
+static __always_inline int is_repeated(struct flow7 *f, struct half *client, struct half *server, const struct packet *p)
+{
+	return (f->state & FLOW7_LIVE) && p->seq + 1 == f->start && client->acked == f->start &&
+	       WORD_NEXT(client->word) != f->start && !(f->flags & FLOW_PASSED_OPEN) &&
+	       !(client->flags & HALF_RST) && !(server->flags & (HALF_FIN | HALF_RST));
+}
+
 static __always_inline int on_syn(struct flow7 *f, struct half *client, struct half *server, const struct packet *p,
 				  int from_client)
 {
@@ -65,8 +74,7 @@ static __always_inline int on_syn(struct flow7 *f, struct half *client, struct h
 	if (from_client != !(p->flags & TCP_ACK))
 		return STEP_DROP | REASON_TCP_STATE;
 	if (from_client) {
-		/* a SYN sent again opens nothing: the answer to it would move the boundary back over bytes under way */
-		if ((f->state & FLOW7_LIVE) && p->seq + 1 == f->start)
+		if (is_repeated(f, client, server, p))
 			return STEP_FORWARD;
 		f->pending_seq = p->seq;
 		f->state |= FLOW7_PENDING;

@@ -473,6 +473,10 @@ static __noinline int flow(struct __sk_buff *skb, struct context *c, const struc
 	}
 	if (!f4 && p->protocol == IPPROTO_TCP) {
 		f7 = bpf_map_lookup_elem(&flows7, &key);
+		if (f7 && (f7->flags & FLOW_PLAIN) && is_first_syn(p) && f7->initiator == c->direction) {
+			forget(&key); /* what was let go unread lets no other connection go */
+			f7 = 0;
+		}
 		if (f7) {
 			if (f7->generation == c->generation || !renew_flow7(f7, &key, c->generation))
 				return flow7_step(skb, c, port, &key, f7, p);

@@ -347,7 +347,12 @@ class Endpoints:
         effect, state = TRANSITIONS.get((managed.state, happened), (Effect.NOTHING, None))
         if managed.splice is not None and effect is not Effect.NOTHING:
             work = self._kernel.release if effect is Effect.RELEASE else self._kernel.lose
-            await self._work(work, managed.splice, managed.number)
+            try:
+                await self._work(work, managed.splice, managed.number)
+            except Exception as error:  # what is lost is lost: the endpoint must not stay where it was
+                if effect is Effect.RELEASE:
+                    raise
+                log.error("not all of it is put away", endpoint=managed.name, error=repr(error))
             self._unnumber(managed)
         if state is not None:
             log.info("endpoint", endpoint=managed.name, state=state.value)

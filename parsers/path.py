@@ -42,8 +42,12 @@ def readings(raw: str | bytes) -> tuple[str, ...]:
             raise HttpAmbiguous(f"{character!r} in the path")
     decoded = _decode(path)
     found = [_resolve(decoded), decoded, _without_dots(decoded)]
-    if decoded.startswith("//"):
-        found += readings("/" + path[2:].partition("/")[2])
+    if path.startswith("//"):
+        rest = "/" + path[2:].partition("/")[2]
+        if rest.startswith("//"):
+            raise HttpAmbiguous("a path whose host, if it has one, nobody can tell")
+        decoded = _decode(rest)
+        found += [_resolve(decoded), decoded, _without_dots(decoded)]
     return tuple(dict.fromkeys(found))
 
 

@@ -306,6 +306,18 @@ def test_one_that_nobody_configured_comes_and_goes() -> None:
     assert world.states == {}
 
 
+def test_one_that_cannot_be_put_away_keeps_neither_itself_nor_others_where_they_are() -> None:
+    world = World("a", "b", there=("a", "b"))
+    world.kernel.refuses["lose a"] = OSError("stuck")
+    world.play(world.change(REPLACED, "a"), world.refresh(60))
+    assert world.states == {"a": ENFORCED, "b": ENFORCED}
+
+    world = World("a", "b", there=("a", "b"))
+    world.kernel.refuses["lose a"] = OSError("stuck")
+    world.play(lambda: world.endpoints.configure([]))
+    assert world.states == {}
+
+
 # -- commands, and the end -----------------------------------------------------------------------------------
 
 

@@ -215,16 +215,20 @@ def named(
     found: Sequence[RuntimeEndpoint], known: Mapping[str, RuntimeEndpoint]
 ) -> dict[str, RuntimeEndpoint]:
     """By name: the one under which an interface is known, else its own; a name that is taken gets its MAC behind."""
-    names = {(each.netns, each.interface): name for name, each in known.items()}
+    names = {place_of(each): name for name, each in known.items()}
     by_name = {}
     for each in found:
-        if (name := names.get((each.netns, each.interface))) is not None:
+        if (name := names.get(place_of(each))) is not None:
             by_name[name] = replace(each, name=name)
     for each in found:
-        if (each.netns, each.interface) not in names:
+        if place_of(each) not in names:
             name = each.name if each.name not in by_name else f"{each.name}@{each.interface}"
             by_name[name] = replace(each, name=name)
     return by_name
+
+
+def place_of(endpoint: RuntimeEndpoint) -> tuple[Path, str, str]:
+    return endpoint.netns, endpoint.interface, endpoint.labels["network"]
 
 
 def differences(

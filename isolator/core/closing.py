@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from isolator.core.answers import denial, locate
-from isolator.core.commands import Command, Delete, Drop, Forward, Own, Read, Report
+from isolator.core.commands import Command, Delete, Drop, Forward, Own, Read, Report, Send
 from isolator.core.flow import Flow, FlowState, State
+from isolator.core.known import cut_acknowledged, known_bytes
 from isolator.core.model import Decision, DropReason, Owner, Verdict
-from isolator.core.segments import SEGMENT_MAX, remember, resets, to_client, to_server
+from isolator.core.segments import SEGMENT_MAX, remember, resets, server_reset, to_client, to_server
 from parsers.errors import DissectError
-from parsers.http1 import Request
+from parsers.http1 import Mode, Request
 from parsers.packet import ACK, FIN, PSH, RST, Segment
 from parsers.reassembly import seq_le, seq_lt, seq_sub
 
@@ -41,6 +42,11 @@ def deny(flow: Flow, seen: int, decision: Decision, request: Request | None, now
     if flow.fin_at is not None and flow.fin_at == flow.client_end:
         flow.client_end, flow.client_fin = (flow.client_end + 1) & _MASK, True
     flow.wake_at = flow.until = now + DRAIN_WITHIN
+    if (
+        flow.dissector.mode != Mode.HEAD and flow.unanswered
+    ):  # refused within a message: it will not be answered
+        flow.unanswered.pop()
+        flow.requests -= 1
     return [
         Own(flow, flow.initiator, Owner.CLOSED),
         Own(flow, flow.initiator.other, Owner.PYTHON),
@@ -65,11 +71,16 @@ def abort(flow: Flow, reason: DropReason, now: float) -> list[Command]:
 def resume(flow: Flow, pinned: FlowState, now: float) -> list[Command]:
     """Where the server's half stands, read after its owner became Python: what is missing of the answers?"""
     if flow.state is State.CLOSED:
-        return [*resets(flow, pinned.client.acked)]
+        return [*resets(flow)]
     server = pinned.server
     flow.server_at = server.next
     if flow.requests == 0 and flow.unanswered is not None:
         return _answer(flow, server.next, now)
+    if flow.unanswered == []:
+        if server.next == server.record_seq:
+            return _answer(flow, server.next, now)
+        flow.wake_at = now + QUIET_AFTER
+        return []
     located = locate(server.record_seq, server.record, server.next, flow.unanswered or ["GET"])
     if located.done:
         return _answer(flow, server.next, now)
@@ -112,16 +123,27 @@ def _client_gone(flow: Flow, segment: Segment, now: float) -> list[Command]:
         return [Drop(DropReason.FLOW_CLOSED)]
     needed = flow.state is not State.ANSWERED or flow.server_needed
     flow.state, flow.wake_at = State.CLOSED, now + LINGER
-    return [*to_server(flow, flow.next, b"", RST | ACK)] if needed else []
+    return [*server_reset(flow)] if needed else []
 
 
 # -- draining: the earlier answers -------------------------------------------------------------------------
 
 
 def _client_drains(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
-    """The client's acknowledgements go on, and nothing else of it."""
+    """The client's acknowledgements go on, and what was allowed and comes again or late; nothing else of it."""
     _take(flow, segment)
-    return [*to_server(flow, flow.next, b"", ACK)]
+    return [*_allowed(flow, segment, packet)]
+
+
+def _allowed(flow: Flow, segment: Segment, packet: memoryview) -> list[Send]:
+    """The frame's bytes below the boundary, if they are what was forwarded or granted; an acknowledgement at least."""
+    lead = seq_sub(flow.next, segment.seq)
+    old = bytes(packet[segment.payload_at : segment.payload_end])[: max(lead, 0)]
+    if old and known_bytes(flow, segment.seq, old) is DropReason.NONE:
+        at, rest = cut_acknowledged(flow, segment.seq, old)
+        if rest:
+            return to_server(flow, at, rest, PSH | ACK)
+    return to_server(flow, flow.next, b"", ACK)
 
 
 def _server_drains(flow: Flow, segment: Segment, packet: memoryview, now: float) -> list[Command]:
@@ -219,7 +241,7 @@ def _release_server(flow: Flow) -> list[Command]:
     flow.server_needed = False
     return [
         Own(flow, flow.initiator.other, Owner.CLOSED),
-        *to_server(flow, flow.next, b"", RST | ACK),
+        *server_reset(flow),
     ]
 
 
@@ -237,7 +259,7 @@ def _again(flow: Flow, now: float) -> list[Command]:
         flow.state, flow.wake_at = State.CLOSED, now + LINGER
         return [
             to_client(flow, flow.client_at, flow.client_end, b"", RST | ACK),
-            *(to_server(flow, flow.next, b"", RST | ACK) if flow.server_needed else ()),
+            *(server_reset(flow) if flow.server_needed else ()),
         ]
     flow.wake_at = now + RESEND_AFTER * 2**flow.resends
     return [_denial(flow)]
@@ -251,7 +273,7 @@ def _client_answered(flow: Flow, segment: Segment, packet: memoryview, now: floa
         flow.state = State.CLOSED
         flow.wake_at = now + (LINGER if flow.client_fin else CLIENT_FIN_WITHIN)
     elif flow.server_needed:
-        commands += to_server(flow, flow.next, b"", ACK)
+        commands += _allowed(flow, segment, packet)
     if fresh or segment.payload_length or segment.flags & FIN:
         commands.append(to_client(flow, _answer_end(flow), flow.client_end, b"", ACK))
     return commands

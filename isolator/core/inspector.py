@@ -20,6 +20,7 @@ from isolator.core import closing
 from isolator.core.commands import Command, Commit, Drop, Forward, Read, Report
 from isolator.core.flow import Flow, FlowState, FlowTable, State
 from isolator.core.judge import Judge, Judged
+from isolator.core.known import cut_acknowledged, known_bytes
 from isolator.core.model import Decision, DropReason, PuntReason, RuleRef
 from isolator.core.policy import Profile
 from isolator.core.segments import remember, to_client, to_server
@@ -158,6 +159,9 @@ class Inspector:
             if whole and judged.end < len(data):
                 remember(flow, segment, packet)
             commands += self._decide(flow, data, judged, whole, segment.ack, now)
+        if flow.stream.held and flow.held_since is None:  # behind a hole; it is waited for as long
+            flow.held_since = now
+            flow.wake_at = now + HEAD_WITHIN / 4
         return self._scheduled(flow, commands)
 
     def due(self, now: float) -> list[Flow]:
@@ -203,7 +207,7 @@ class Inspector:
         if segment.flags & RST:
             return [Drop(DropReason.TCP_FLAGS) if data else Forward()], None
         if lead > 0:
-            known = self._is_known(flow, segment.seq, data[:lead])
+            known = known_bytes(flow, segment.seq, data[:lead])
             if known is not DropReason.NONE:
                 return closing.abort(flow, known, now), None
         if 0 <= len(data) <= lead:
@@ -241,13 +245,9 @@ class Inspector:
 
     def _again(self, flow: Flow, seq: int, old: bytes, flags: int) -> list[Command]:
         """Bytes below the boundary that are sent again; of what was acknowledged nothing goes on."""
-        below = max(seq_sub(flow.acked, seq), 0)
-        rest = old[below:]
+        at, rest = cut_acknowledged(flow, seq, old)
         same = Commit(flow, flow.next, flow.next, fin=bool(flags & FIN))
-        return [
-            same,
-            *to_server(flow, (seq + len(old) - len(rest)) & _MASK, rest, flags | (PSH if rest else 0)),
-        ]
+        return [same, *to_server(flow, at, rest, flags | (PSH if rest else 0))]
 
     def _nothing_new(self, flow: Flow, segment: Segment, data: bytes) -> list[Command]:
         """A retransmission, an acknowledgement or a FIN without new bytes. Of what was acknowledged nothing goes on."""
@@ -265,27 +265,6 @@ class Inspector:
         if data and not segment.flags & FIN and not seq_lt(segment.seq, flow.acked):
             return [Commit(flow, flow.next, flow.next), Forward()]
         return self._again(flow, segment.seq, data, ACK | segment.flags & FIN)
-
-    def _is_known(self, flow: Flow, seq: int, old: bytes) -> DropReason:
-        """Whether bytes below the boundary are those that were forwarded, or may be anything (R5)."""
-        at, end = seq, (seq + len(old)) & _MASK
-        if seq_lt(at, flow.acked):
-            at = flow.acked
-        while seq_lt(at, end):
-            until = end
-            for start, stop in flow.windows:
-                if not seq_lt(at, start) and seq_lt(at, stop):
-                    at = stop
-                    break
-                if seq_lt(at, start) and seq_lt(start, until):
-                    until = start
-            else:
-                offset = seq_sub(at, seq)
-                equal = flow.record.matches(at, old[offset : offset + seq_sub(until, at)])
-                if not equal:
-                    return DropReason.STATE_LOST if equal is None else DropReason.RECORD_MISMATCH
-                at = until
-        return DropReason.NONE
 
     def _is_full(self, flow: Flow) -> bool:
         return len(flow.record) > RECORD_UNACKED_MAX or len(flow.windows) > WINDOWS_UNACKED_MAX
@@ -396,8 +375,13 @@ class Inspector:
         if now - flow.held_since > HEAD_WITHIN:
             return closing.abort(flow, DropReason.HTTP_TOO_LONG, now)
         end = (flow.next + len(flow.stream.data)) & _MASK
+        if flow.stream.data and any(seq_lt(flow.acked, stop) for _, stop in flow.windows):
+            flow.wake_at = (
+                now + RESEND_AFTER
+            )  # bytes of a granted body may be missing: nobody vouches for those
+            return [Read(flow)]
         flow.wake_at = now + HEAD_WITHIN / 4
-        if flow.promised == end:
+        if flow.promised == end or not flow.stream.data:
             return []
         flow.promised = end
         return [to_client(flow, flow.client_at, end, b"", ACK, PROMISE_WINDOW)]

@@ -57,7 +57,7 @@ class Judge:
         try:
             while judged.end < len(data) or (judged.end == len(data) and dissector.mode in _GRANTED):
                 if pieces == PIECES_MAX:
-                    judged.more = True
+                    judged.more = judged.end < len(data)
                     break
                 pieces += 1
                 if dissector.mode == Mode.HEAD:

@@ -46,13 +46,18 @@ def to_client(flow: Flow, seq: int, ack: int, payload: bytes, flags: int, window
     return Send(flow.endpoint, flow.initiator.other, frame)
 
 
-def resets(flow: Flow, server_waits: int) -> list[Send]:
-    """Ends both sides; each reset stands where its receiver waits (RFC 5961 section 3.2). The server may have more
-    than it has acknowledged: so it gets one at the boundary, too."""
-    sends = [to_client(flow, flow.client_at, flow.client_end or flow.next, b"", RST | ACK)]
-    for seq in dict.fromkeys((server_waits, flow.next)):
-        sends += to_server(flow, seq, b"", RST | ACK)
-    return sends
+def resets(flow: Flow) -> list[Send]:
+    """Ends both sides; each reset stands where its receiver waits (RFC 5961 section 3.2)."""
+    return [
+        to_client(flow, flow.client_at, flow.client_end or flow.next, b"", RST | ACK),
+        *server_reset(flow),
+    ]
+
+
+def server_reset(flow: Flow) -> list[Send]:
+    """The server waits at what it has acknowledged last, or at the boundary if it has more than that."""
+    seqs = dict.fromkeys((flow.acked, flow.next))
+    return [send for seq in seqs for send in to_server(flow, seq, b"", RST | ACK)]
 
 
 def refusals(segment: Segment, packet: memoryview) -> tuple[bytes, bytes]:

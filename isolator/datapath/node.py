@@ -251,9 +251,11 @@ class Node:
 
     def lose(self, splice: Splice, number: int) -> None:
         """What is left of a splice whose container went goes too; the endpoint is forgotten in any case."""
-        with contextlib.suppress(SpliceError):
-            self._put_back(splice)
-        self.forget(number)
+        try:
+            with contextlib.suppress(SpliceError):
+                self._put_back(splice)
+        finally:
+            self.forget(number)
 
     def _put_back(self, splice: Splice) -> None:
         with self._netns.entered():

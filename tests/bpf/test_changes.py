@@ -92,6 +92,27 @@ def test_a_released_flow_whose_client_connects_anew_is_read_again(c: Conversatio
     assert c.b.datapath.flows7_used(7) == 1
 
 
+def test_what_fails_open_is_read_again_with_the_next_connection(c: Conversation) -> None:
+    """Though policy let the one before go unread."""
+    c.b.policy(with_port_80(Entry(INGRESS, ALLOW, 6, 80, 2)))
+    c.client("PA", c.start, S, b"SSH-2.0")
+    for flags in (POLICY_FAIL_OPEN, POLICY_UNREAD):
+        c.b.policy(with_port_80(Entry(INGRESS, INSPECT, 6, 80, 2, profile=6, flags=flags)))
+        again = Conversation(c.b, isn=90000 + flags).handshake()
+        assert str(again.client("PA", again.start, S, HEAD)) == "punt PAYLOAD"
+
+
+def test_what_passed_without_the_agent_lets_no_other_connection_pass(b: Bench) -> None:
+    """Also not one that begins with the same number."""
+    b.policy([replace(entry, flags=POLICY_FAIL_OPEN) for entry in POLICY])
+    c = Conversation(b).handshake()
+    b.agent(up=False)
+    assert str(c.client("PA", c.start, S, HEAD)) == "container"
+    b.agent(up=True)
+    c.handshake()
+    assert str(c.client("PA", c.start, S, HEAD)) == "punt PAYLOAD"
+
+
 @pytest.mark.parametrize(("flags", "expected"), [(0, "punt STATE_LOST"), (POLICY_UNREAD, "container")])
 def test_what_was_let_go_unread_is_not_trusted_by_a_stricter_policy(
     c: Conversation, flags: int, expected: str

@@ -103,6 +103,13 @@ def test_an_endpoint_keeps_its_name_and_a_name_that_is_taken_is_told_apart() -> 
     ] * 2
 
 
+def test_one_mac_on_two_networks_is_two_endpoints() -> None:
+    same = {"MacAddress": "02:42:ac:11:00:02", "IPAddress": "172.18.0.2"}
+    found = endpoints_of(web(NetworkSettings__Networks__back=same))
+    known = named(found, {})
+    assert list(differences(known, named(found, known))) == []
+
+
 def test_an_engine_that_is_away_is_said_to_be(tmp_path: Path) -> None:
     with pytest.raises(RuntimeAwayError, match=r"none.sock: start it, or correct runtime.socket"):
         DockerRuntime(tmp_path / "none.sock").endpoints()

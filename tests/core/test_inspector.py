@@ -245,6 +245,30 @@ def test_a_lost_acknowledgement_is_given_again(talk: Conversation) -> None:
     assert segment_of(again).ack == segment_of(ack).ack == (START + 10) & 0xFFFFFFFF
 
 
+def test_nobody_vouches_for_bytes_that_never_came(talk: Conversation) -> None:
+    """A body is granted before it is there: half a head behind it must not acknowledge the hole in it."""
+    head = b"POST /api/v1/a HTTP/1.1\r\nHost: api\r\nContent-Length: 1000\r\n\r\n"
+    talk.client(0, head)
+    assert talk.client(len(head) + 500, b"x" * 500 + GET[:10])[-1:] != []
+    (read,) = talk.wake(2.0)
+    assert isinstance(read, Read)
+    talk.pinned.client.acked = (START + len(head)) & 0xFFFFFFFF
+    assert talk.resume(2.0) == [] and kinds(talk.wake(3.0)) == ["Read"]
+    talk.pinned.client.acked = (START + len(head) + 1000) & 0xFFFFFFFF
+    assert talk.resume(3.0) == []
+    (ack,) = talk.wake(4.0)
+    assert segment_of(ack).ack == (START + len(head) + 1010) & 0xFFFFFFFF
+
+
+def test_bytes_behind_a_hole_are_not_kept_for_ever(talk: Conversation) -> None:
+    assert talk.client(100, b"x") == []
+    commands, now = [], 1.0
+    while talk.inspector.waiting and now < 200 and not commands:
+        now += 5
+        commands = talk.wake(now)
+    assert kinds(commands) == ["Own", "Own", "Report", "Read"]
+
+
 # -- ends ----------------------------------------------------------------------------------------------------
 
 
