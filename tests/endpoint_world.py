@@ -101,8 +101,8 @@ class FakeKernel:
         del self.ports[splice.name]
 
     def lose(self, splice: Splice, number: int) -> None:
+        assert self.ports.pop(splice.name) == number  # forgotten in any case
         self._do("lose", splice.name)
-        assert self.ports.pop(splice.name) == number
 
     def addresses(self, splices: Iterable[Splice]) -> dict[str, tuple[Address, ...] | None]:
         same = {each.name: each.cookie == self.cookies.get(each.name, 0) for each in splices}
