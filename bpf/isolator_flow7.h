@@ -47,7 +47,7 @@ static __always_inline void incarnate(struct flow7 *f, struct half *client, stru
 	server->acked = p->seq + 1;
 	server->record_seq = p->seq + 1;
 	server->record_len = 0;
-	f->flags &= ~(FLOW_PASSED_OPEN | FLOW_PLAIN);
+	f->flags &= ~FLOW_PASSED_OPEN;
 	__sync_lock_test_and_set(&server->word, WORD(p->seq + 1, OWNER_KERNEL, 0));
 	__sync_lock_test_and_set(&client->word, WORD(p->ack, OWNER_PYTHON, 0));
 	f->start = p->ack;

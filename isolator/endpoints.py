@@ -222,7 +222,7 @@ class Endpoints:
             await self._work(self._kernel.adopt, splice, number)
         except (
             Exception
-        ) as error:  # the others are adopted none the less; this one stays closed, and is tried again
+        ) as error:  # the others are adopted none the less; this one stays closed, is tried again
             self._fail(managed, error)
         else:
             self._enforced(managed, number, splice)
@@ -413,9 +413,8 @@ class Endpoints:
     def _fail(self, managed: Managed, error: Exception) -> None:
         """A namespace or interface that is not there costs nothing to look for: each time. The rest backs off."""
         if managed.detail != str(error):
-            tell = (
-                log.info if isinstance(error, NetnsMissingError) else log.error
-            )  # the runtime will say it vanished
+            # of a namespace that went the runtime will say that it vanished
+            tell = log.info if isinstance(error, NetnsMissingError) else log.error
             tell("not spliced, tried again", endpoint=managed.name, error=str(error))
         managed.state, managed.detail = FAILED, str(error)
         if isinstance(error, InterfaceMissingError | NetnsMissingError):

@@ -40,14 +40,12 @@ def readings(raw: str | bytes) -> tuple[str, ...]:
     for character in "\\#":
         if character in path:
             raise HttpAmbiguous(f"{character!r} in the path")
-    decoded = _decode(path)
-    found = [_resolve(decoded), decoded, _without_dots(decoded)]
+    found = _resolutions(_decode(path))
     if path.startswith("//"):
         rest = "/" + path[2:].partition("/")[2]
         if rest.startswith("//"):
             raise HttpAmbiguous("a path whose host, if it has one, nobody can tell")
-        decoded = _decode(rest)
-        found += [_resolve(decoded), decoded, _without_dots(decoded)]
+        found += _resolutions(_decode(rest))
     return tuple(dict.fromkeys(found))
 
 
@@ -72,6 +70,10 @@ def _decode(path: str) -> str:
         return decoded.encode("latin-1").decode("utf-8")
     except UnicodeError:
         raise HttpAmbiguous("a path that is no UTF-8") from None
+
+
+def _resolutions(path: str) -> tuple[str, ...]:
+    return _resolve(path), path, _without_dots(path)
 
 
 def _resolve(path: str) -> str:

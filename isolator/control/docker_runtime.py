@@ -34,7 +34,7 @@ import requests
 import structlog
 from docker.errors import DockerException  # type: ignore[import-untyped]
 
-from isolator.control.runtime import Change, ChangeKind, RuntimeAwayError, RuntimeEndpoint
+from isolator.control.runtime import Change, RuntimeAwayError, RuntimeEndpoint, changed
 
 RECONCILE_SECONDS = 5.0
 CALL_SECONDS = 10  # an engine that does not answer for so long counts as away
@@ -101,10 +101,8 @@ def unprotectable(container: Inspected) -> str | None:
     mode = container["HostConfig"]["NetworkMode"]
     if (container["Config"]["Labels"] or {}).get(EXCLUDE, "").lower() == "true":
         return f"it has the label {EXCLUDE}"
-    if (
-        container["Id"].startswith(os.environ.get("HOSTNAME", "-"))
-        and len(os.environ.get("HOSTNAME", "")) >= 12
-    ):
+    hostname = os.environ.get("HOSTNAME", "")  # in a container: the beginning of its id
+    if len(hostname) >= 12 and container["Id"].startswith(hostname):
         return "it is the agent's own"
     if mode == "host":
         return "it is on the host's network"
@@ -171,8 +169,8 @@ class DockerRuntime:
             log.warning("not protected", container=container["Name"].lstrip("/"), reason=reason)
 
     async def changes(self) -> AsyncIterator[Change]:
-        changed = asyncio.Event()
-        with self._listening(changed):
+        told = asyncio.Event()
+        with self._listening(told):
             while True:
                 try:
                     after = await asyncio.to_thread(self.look)
@@ -184,13 +182,13 @@ class DockerRuntime:
                 for change in differences(before, after):
                     yield change
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), RECONCILE_SECONDS)
+                    await asyncio.wait_for(told.wait(), RECONCILE_SECONDS)
                     await asyncio.sleep(SETTLE_SECONDS)
-                changed.clear()
+                told.clear()
 
     @contextlib.contextmanager
-    def _listening(self, changed: asyncio.Event) -> Iterator[None]:
-        """Sets `changed` with each event, from a thread that outlives the engine's restarts."""
+    def _listening(self, told: asyncio.Event) -> Iterator[None]:
+        """Sets `told` with each event, from a thread that outlives the engine's restarts."""
         loop, ended = asyncio.get_running_loop(), threading.Event()
 
         def listen() -> None:
@@ -200,7 +198,7 @@ class DockerRuntime:
                     for _ in client.events(filters={"type": ["container", "network"]}):
                         if ended.is_set():
                             return
-                        loop.call_soon_threadsafe(changed.set)
+                        loop.call_soon_threadsafe(told.set)
                 except (DockerException, requests.RequestException, OSError, RuntimeError):
                     ended.wait(AGAIN_SECONDS)  # the reconciliation goes on, and says what is wrong
 
@@ -234,15 +232,8 @@ def place_of(endpoint: RuntimeEndpoint) -> tuple[Path, str, str]:
 def differences(
     before: Mapping[str, RuntimeEndpoint], after: Mapping[str, RuntimeEndpoint]
 ) -> Iterator[Change]:
-    """What is gone comes first."""
-    for name, endpoint in before.items():
-        if name not in after:
-            yield Change(ChangeKind.VANISHED, endpoint)
-    for name, endpoint in after.items():
-        earlier = before.get(name)
-        if earlier is None:
-            yield Change(ChangeKind.APPEARED, endpoint)
-        elif (earlier.netns, earlier.interface) != (endpoint.netns, endpoint.interface):
-            yield Change(ChangeKind.REPLACED, endpoint)
-        elif earlier.labels != endpoint.labels:
-            yield Change(ChangeKind.RELABELLED, endpoint)
+    def moved(name: str) -> bool:
+        earlier, endpoint = before[name], after[name]
+        return (earlier.netns, earlier.interface) != (endpoint.netns, endpoint.interface)
+
+    return changed(before, after, moved)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from isolator.control.runtime import Change, ChangeKind, RuntimeEndpoint
+from isolator.control.runtime import Change, RuntimeEndpoint, changed
 
 NETNS_FOLDER = Path("/run/netns")
 """Where iproute2 mounts named network namespaces."""
@@ -85,31 +85,21 @@ class NetnsRuntime:
 
     def poll(self) -> list[Change]:
         """What differs from the last look, in the order of the config; what is gone comes first."""
-        before, self._known = self._known, present(self._configured)
-        return [*vanished(before, self._known), *arrived(before, self._known)]
+        before, after = self._known, present(self._configured)
+        self._known = after
+        return list(
+            changed(
+                {name: seen.endpoint for name, seen in before.items()},
+                {name: seen.endpoint for name, seen in after.items()},
+                lambda name: not before[name].same_place(after[name]),
+            )
+        )
 
     async def changes(self) -> AsyncIterator[Change]:
         while True:
             for change in self.poll():
                 yield change
             await asyncio.sleep(self._poll_seconds)
-
-
-def vanished(before: dict[str, Seen], after: dict[str, Seen]) -> Iterator[Change]:
-    for name, seen in before.items():
-        if name not in after:
-            yield Change(ChangeKind.VANISHED, seen.endpoint)
-
-
-def arrived(before: dict[str, Seen], after: dict[str, Seen]) -> Iterator[Change]:
-    for name, seen in after.items():
-        earlier = before.get(name)
-        if earlier is None:
-            yield Change(ChangeKind.APPEARED, seen.endpoint)
-        elif not earlier.same_place(seen):
-            yield Change(ChangeKind.REPLACED, seen.endpoint)
-        elif earlier.endpoint.labels != seen.endpoint.labels:
-            yield Change(ChangeKind.RELABELLED, seen.endpoint)
 
 
 def present(endpoints: Iterable[RuntimeEndpoint]) -> dict[str, Seen]:

@@ -5,7 +5,7 @@ A runtime finds endpoints and follows their coming and going. It decides nothing
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -35,6 +35,24 @@ class ChangeKind(StrEnum):
 class Change:
     kind: ChangeKind
     endpoint: RuntimeEndpoint
+
+
+def changed(
+    before: Mapping[str, RuntimeEndpoint],
+    after: Mapping[str, RuntimeEndpoint],
+    moved: Callable[[str], bool],
+) -> Iterator[Change]:
+    """From one look to the next, by name; what is gone comes first. `moved`: one that is in both is elsewhere now."""
+    for name, endpoint in before.items():
+        if name not in after:
+            yield Change(ChangeKind.VANISHED, endpoint)
+    for name, endpoint in after.items():
+        if name not in before:
+            yield Change(ChangeKind.APPEARED, endpoint)
+        elif moved(name):
+            yield Change(ChangeKind.REPLACED, endpoint)
+        elif before[name].labels != endpoint.labels:
+            yield Change(ChangeKind.RELABELLED, endpoint)
 
 
 class RuntimeAwayError(Exception):

@@ -27,7 +27,6 @@ QUIET_AFTER = 0.2  # s without a byte from the server: then answers nobody can f
 DRAIN_WITHIN = 60.0  # s for the earlier answers
 LINGER = 2.0  # s in which a closed flow swallows what still comes
 CLIENT_FIN_WITHIN = 10.0  # s for the client to close its side, then it is reset
-RESETS_MAX = 16  # of a closed flow, in answer to what still comes
 
 _MASK = 0xFFFFFFFF
 
@@ -42,9 +41,8 @@ def deny(flow: Flow, seen: int, decision: Decision, request: Request | None, now
     if flow.fin_at is not None and flow.fin_at == flow.client_end:
         flow.client_end, flow.client_fin = (flow.client_end + 1) & _MASK, True
     flow.wake_at = flow.until = now + DRAIN_WITHIN
-    if (
-        flow.dissector.mode != Mode.HEAD and flow.unanswered
-    ):  # refused within a message: it will not be answered
+    if flow.dissector.mode != Mode.HEAD and flow.unanswered:
+        # refused within a message: it will not be answered
         flow.unanswered.pop()
         flow.requests -= 1
     return [
@@ -58,7 +56,6 @@ def deny(flow: Flow, seen: int, decision: Decision, request: Request | None, now
 def abort(flow: Flow, reason: DropReason, now: float) -> list[Command]:
     """Resets both ends, once it is known where the server waits."""
     flow.state = State.CLOSED
-    flow.resets = RESETS_MAX
     flow.wake_at = now + LINGER
     return [
         Own(flow, flow.initiator, Owner.CLOSED),

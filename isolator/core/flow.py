@@ -31,6 +31,7 @@ from parsers.reassembly import Reassembler, Record
 HELD_MAX = (
     65536  # bytes of a direction that wait for their verdict; a head has 16 KiB, the rest is pipelining
 )
+RESETS_MAX = 16  # of a closed flow, in answer to what still comes
 
 
 class HalfState(Protocol):
@@ -179,7 +180,7 @@ class Flow:
         self.client_fin = False
         self.server_needed = False  # it may have to send earlier answers again
         self.resends = 0
-        self.resets = 16  # that may still be sent
+        self.resets = RESETS_MAX  # that may still be sent
         self.until = 0.0  # s; patience ends
         self.wake_at: float | None = None  # s; when time has to be looked at
 

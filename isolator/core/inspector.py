@@ -20,14 +20,14 @@ from isolator.core import closing
 from isolator.core.commands import Command, Commit, Drop, Forward, Read, Report
 from isolator.core.flow import Flow, FlowState, FlowTable, State
 from isolator.core.judge import Judge, Judged
-from isolator.core.known import cut_acknowledged, known_bytes
+from isolator.core.known import cut_acknowledged, in_window, known_bytes
 from isolator.core.model import Decision, DropReason, PuntReason, RuleRef
 from isolator.core.policy import Profile
 from isolator.core.segments import remember, to_client, to_server
 from parsers.errors import HeldFull, OutOfWindow, Overlap
 from parsers.http1 import Request
 from parsers.packet import ACK, FIN, PSH, RST, Segment
-from parsers.reassembly import seq_le, seq_lt, seq_sub
+from parsers.reassembly import seq_lt, seq_sub
 
 RECORD_UNACKED_MAX = 262_144  # bytes forwarded and not yet acknowledged, per flow: beyond it the client waits
 WINDOWS_UNACKED_MAX = 1024  # pass windows not yet acknowledged, per flow: likewise
@@ -223,7 +223,7 @@ class Inspector:
         end = (segment.seq + segment.payload_length) & _MASK
         if segment.flags & (FIN | RST) or end == segment.seq or seq_lt(segment.seq, flow.acked):
             return False
-        return any(seq_le(start, segment.seq) and seq_le(end, stop) for start, stop in flow.windows)
+        return in_window(flow, segment.seq, end)
 
     def _insert(
         self, flow: Flow, segment: Segment, data: bytes, now: float
@@ -258,9 +258,8 @@ class Inspector:
             if seq_lt(flow.next, end):  # bytes before it are held or missing: it goes with them
                 flow.fin_at = end
                 return []
-            if end != flow.next and not any(
-                seq_le(start, end) and seq_lt(end, stop) for start, stop in flow.windows
-            ):  # it would cut a message that was read
+            # not at the end and not in a body: it would cut a message that was read
+            if end != flow.next and not in_window(flow, end, (end + 1) & _MASK):
                 return [Drop(DropReason.TCP_STATE)]
         if data and not segment.flags & FIN and not seq_lt(segment.seq, flow.acked):
             return [Commit(flow, flow.next, flow.next), Forward()]
@@ -376,9 +375,8 @@ class Inspector:
             return closing.abort(flow, DropReason.HTTP_TOO_LONG, now)
         end = (flow.next + len(flow.stream.data)) & _MASK
         if flow.stream.data and any(seq_lt(flow.acked, stop) for _, stop in flow.windows):
-            flow.wake_at = (
-                now + RESEND_AFTER
-            )  # bytes of a granted body may be missing: nobody vouches for those
+            # bytes of a granted body may be missing: nobody vouches for those
+            flow.wake_at = now + RESEND_AFTER
             return [Read(flow)]
         flow.wake_at = now + HEAD_WITHIN / 4
         if flow.promised == end or not flow.stream.data:

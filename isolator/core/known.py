@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from isolator.core.flow import Flow
 from isolator.core.model import DropReason
-from parsers.reassembly import seq_lt, seq_sub
+from parsers.reassembly import seq_le, seq_lt, seq_sub
 
 _MASK = 0xFFFFFFFF
+
+
+def in_window(flow: Flow, start: int, end: int) -> bool:
+    """Whether bytes [start, end) lie in one pass window (bpf/isolator_flow7.h has the same)."""
+    return any(seq_le(low, start) and seq_le(end, high) for low, high in flow.windows)
 
 
 def known_bytes(flow: Flow, seq: int, old: bytes) -> DropReason:

@@ -72,6 +72,12 @@ def attack(
     return add
 
 
+def one_served(c: RawClient) -> None:
+    """An allowed request and its answer: the connection is live."""
+    c.send(0, GOOD)
+    c.listen()
+
+
 # -- plain ways ----------------------------------------------------------------------------------------------
 
 
@@ -82,8 +88,7 @@ def _(c: RawClient, request: bytes) -> None:
 
 @attack("second on a kept-alive connection")
 def _(c: RawClient, request: bytes) -> None:
-    c.send(0, GOOD)
-    c.listen()
+    one_served(c)
     c.send(len(GOOD), request)
 
 
@@ -106,8 +111,7 @@ def _(c: RawClient, request: bytes) -> None:
 
 @attack("over the wrap of the sequence number", isn=0xFFFFFFFF - len(GOOD) - 10)
 def _(c: RawClient, request: bytes) -> None:
-    c.send(0, GOOD)
-    c.listen()
+    one_served(c)
     c.send(len(GOOD), request)
 
 
@@ -200,8 +204,7 @@ def _(c: RawClient, request: bytes) -> None:
 
 @attack("after a SYN in the middle of a live connection")
 def _(c: RawClient, request: bytes) -> None:
-    c.send(0, GOOD)
-    c.listen()
+    one_served(c)
     c.send(len(GOOD) - 1, b"", "S")  # its first byte would stand at the boundary
     c.listen(0.2)
     c.send(len(GOOD), request)
@@ -209,24 +212,21 @@ def _(c: RawClient, request: bytes) -> None:
 
 @attack("after a reset that the server does not believe")
 def _(c: RawClient, request: bytes) -> None:
-    c.send(0, GOOD)
-    c.listen()
+    one_served(c)
     c.send(len(GOOD) + 100, b"", "R")
     c.send(len(GOOD), request)
 
 
 @attack("after a reset with a wrong checksum")
 def _(c: RawClient, request: bytes) -> None:
-    c.send(0, GOOD)
-    c.listen()
+    one_served(c)
     c.send(len(GOOD), b"", "R", chksum=0xBEEF)
     c.send(len(GOOD), request)
 
 
 @attack("after a FIN with a wrong checksum")
 def _(c: RawClient, request: bytes) -> None:
-    c.send(0, GOOD)
-    c.listen()
+    one_served(c)
     c.send(len(GOOD), b"", "FA", chksum=0xBEEF)
     c.send(len(GOOD), request)
 
@@ -283,8 +283,7 @@ def _(c: RawClient, request: bytes) -> None:
 @attack("behind a keep-alive probe")
 def _(c: RawClient, request: bytes) -> None:
     """RFC 9293 section 3.8.4: one byte of garbage below what was acknowledged; it has to be answered."""
-    c.send(0, GOOD)
-    c.listen()
+    one_served(c)
     c.send(len(GOOD) - 1, b"\0", "A")
     c.listen(0.2)
     c.send(len(GOOD), request)
