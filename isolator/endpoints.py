@@ -220,9 +220,8 @@ class Endpoints:
             number = self._free_number()
         try:
             await self._work(self._kernel.adopt, splice, number)
-        except (
-            Exception
-        ) as error:  # the others are adopted none the less; this one stays closed, is tried again
+        except Exception as error:
+            # the others are adopted none the less; this one stays closed, and is tried again
             self._fail(managed, error)
         else:
             self._enforced(managed, number, splice)
