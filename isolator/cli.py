@@ -135,12 +135,15 @@ def show_status(seen: dict[str, Any]) -> None:
         f"xdp {seen['xdp']}, since {seen['started'][:19]}Z"
     )
     render.table(
-        ["ENDPOINT", "STATE", "ADDRESSES", "POLICIES", "DETAIL"], render.endpoint_rows(seen["endpoints"])
+        ["ENDPOINT", "STATE", "ADDRESSES", "POLICIES", "DETAIL"],
+        [*render.endpoint_rows(seen["endpoints"]), *render.unprotectable_rows(seen["unprotectable"])],
     )
     for line in seen["policy_errors"]:
         typer.secho(f"not in force: {line}", fg="yellow")
     if not seen["ready"]:
-        late = ", ".join(each["name"] for each in seen["endpoints"] if each["state"] != "enforced")
+        late = ", ".join(
+            each["name"] for each in seen["endpoints"] if each["state"] not in ("enforced", "exempt")
+        )
         typer.secho(f"not ready: {late}", fg="yellow")
 
 

@@ -24,6 +24,7 @@ import structlog
 import uvloop
 
 from isolator import __version__
+from isolator.admission import Admission
 from isolator.control.agent_view import (
     AgentStatus,
     EndpointStatus,
@@ -32,7 +33,7 @@ from isolator.control.agent_view import (
     RestoreResult,
 )
 from isolator.control.api import create_app
-from isolator.control.config import Config, PolicySource, load
+from isolator.control.config import Config, load
 from isolator.control.flowlog import FlowLog, FlowVerdict
 from isolator.control.netns_runtime import NetnsRuntime
 from isolator.control.problems import ConfigErrors
@@ -41,16 +42,16 @@ from isolator.control.server import ApiServer, SocketInUseError
 from isolator.core.compile import PolicyTooLarge
 from isolator.core.explain import Explanation, Question, explain
 from isolator.core.inspector import Inspector
-from isolator.core.model import Direction
 from isolator.datapath.attach import XdpMode
 from isolator.datapath.errors import DatapathError
+from isolator.datapath.gate import Gate
 from isolator.datapath.journal import Journal
 from isolator.datapath.netns import SpliceError
 from isolator.datapath.node import Names, Node
 from isolator.datapath.preflight import preflight
 from isolator.datapath.splice import EndpointGoneError, Splicer
 from isolator.endpoints import Endpoints, Managed, mistakes
-from isolator.enforcement import Enforcement
+from isolator.enforcement import Enforcement, selects
 from isolator.records import Recorder
 from isolator.roster import Roster
 from isolator.worker import Worker
@@ -86,12 +87,16 @@ class Agent:
         self._runtime = runtime_of(loaded.config)
         self._work = Worker()
         self._changing = asyncio.Lock()
+        host = self._runtime.host
+        self._gate = Gate(str(host), self._names.netns) if host is not None else None
+        closed = loaded.config.new_containers == "closed"
+        self._admission = Admission(self._gate, closed, self._names.netns, self._runtime, self._work)
         self._policy = Enforcement(
             path, loaded, self._node, self._roster, self._inspector, self._recorder, self._work
         )
         self._endpoints = Endpoints(
-            self._runtime, self._node, self._policy, self._roster, self._work, self._changing,
-            self._inspector.forget_endpoint,
+            self._runtime, self._node, self._policy, self._roster, self._admission, self._work,
+            self._changing, self._inspector.forget_endpoint,
         )  # fmt: skip
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -110,7 +115,7 @@ class Agent:
         with contextlib.suppress(PermissionError):  # without CAP_SYS_NICE it is slower, not worse
             os.setpriority(os.PRIO_PROCESS, 0, NICE)
         self._refuse_mistakes()
-        with hold(self.config.state_dir), self._node:
+        with hold(self.config.state_dir), self._gate or contextlib.nullcontext(), self._node:
             self._node.open()
             server = ApiServer(create_app(self), self.config.socket)
             try:
@@ -170,9 +175,11 @@ class Agent:
 
     async def _restore_on_exit(self) -> None:
         if self.config.on_exit == "restore":
-            for result in await self.restore(None):
+            results = await self.restore(None)
+            for result in results:
                 if result.error is not None:
                     log.error("not restored", endpoint=result.name, error=result.error)
+            await self._admission.open()
 
     async def _wind_down(self, server: ApiServer) -> None:
         """What is under way ends first: a splice, a policy. Then the kernel is left to itself."""
@@ -257,6 +264,7 @@ class Agent:
             xdp=self.config.xdp,
             endpoints=[self._endpoint_status(managed) for managed in self._endpoints],
             policy_errors=[*self._policy.errors, *trouble],
+            unprotectable=self._runtime.unprotectable(),
         )
 
     def _endpoint_status(self, managed: Managed) -> EndpointStatus:
@@ -287,7 +295,9 @@ class Agent:
 
     def explain(self, question: Question) -> Explanation:
         policies = [source.policy for source in self._policy.sources]
-        return explain(policies, self._roster.endpoints, self._roster.addresses, question)
+        return explain(
+            policies, self._roster.endpoints, self._roster.addresses, question, self._roster.outsiders
+        )
 
     def metrics(self) -> Iterable[Metric]:
         node = self._node
@@ -334,10 +344,6 @@ def write_pid(file: IO[str]) -> None:
     file.truncate(0)  # only now: until it holds the lock it is another agent's
     file.write(f"{os.getpid()}\n")
     file.flush()
-
-
-def selects(source: PolicySource, labels: dict[str, str]) -> bool:
-    return any(source.policy.selects(labels, direction) for direction in Direction)
 
 
 async def repeat(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

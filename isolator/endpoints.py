@@ -1,11 +1,15 @@
 """The endpoints and what becomes of them: who is spliced, who is waited for, who is tried again.
 
-                       appeared    replaced            vanished           interface gone     restore
-    WAITING            → PENDING   → PENDING           → WAITING          ·                  ·
-    PENDING  ⟲ due     → PENDING   → PENDING           → WAITING          ·                  → RESTORED
-    ENFORCED           ·           lose, → PENDING     lose, → WAITING    lose, → PENDING    release, → RESTORED
-    FAILED   ⟲ due     → PENDING   → PENDING           → WAITING          ·                  → RESTORED
-    RESTORED           → PENDING   → PENDING           → WAITING          ·                  ·
+                   appeared   replaced         vanished         interface gone   exempted           restore
+    WAITING        → PENDING  → PENDING        → WAITING        ·                ·                  ·
+    PENDING ⟲ due  → PENDING  → PENDING        → WAITING        ·                → EXEMPT           → RESTORED
+    ENFORCED       ·          lose, → PENDING  lose, → WAITING  lose, → PENDING  release, → EXEMPT  release, → RESTORED
+    FAILED ⟲ due   → PENDING  → PENDING        → WAITING        ·                → EXEMPT           → RESTORED
+    EXEMPT         → PENDING  → PENDING        → WAITING        ·                ·                  ·
+    RESTORED       → PENDING  → PENDING        → WAITING        ·                ·                  ·
+
+    exempted: excluded, or selected by no policy where only those are protected. Claimed is the contrary, and leads
+    from EXEMPT to PENDING. Both are looked at before anything is spliced, and with each change of policy or labels.
 
     due, from PENDING at once, from FAILED after a while:
         look    can it be spliced, and what are its addresses?        no  → FAILED, no policy is touched
@@ -24,17 +28,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any, Protocol
 
 import structlog
 
+from isolator.admission import Place
 from isolator.control.agent_view import EndpointState, RestoreResult, UnknownNameError
 from isolator.control.runtime import Change, ChangeKind, Runtime, RuntimeEndpoint
 from isolator.core.identities import Address
-from isolator.core.model import Endpoint
+from isolator.core.model import Endpoint, Outsider
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.netns import NetnsMissingError, SpliceError
 from isolator.datapath.splice import (
@@ -45,7 +50,7 @@ from isolator.datapath.splice import (
     Splice,
     SpliceRequest,
 )
-from isolator.roster import Roster
+from isolator.roster import Roster, with_host
 from isolator.worker import Worker
 
 RETRY_FIRST, RETRY_MAX = 2.0, 30.0  # s between attempts on one endpoint, doubled from the first to the last
@@ -74,8 +79,20 @@ class Kernel(Protocol):
 class Policy(Protocol):
     """What this needs of isolator.enforcement.Enforcement."""
 
+    def exempts(self, labels: Mapping[str, str]) -> str | None: ...
+
     async def enforce(self) -> None: ...
     async def catch_up(self) -> None: ...
+
+
+class Gate(Protocol):
+    """What this needs of isolator.admission.Admission."""
+
+    async def shut(self) -> None: ...
+    async def open(self) -> None: ...
+    async def host_addresses(self) -> list[Address]: ...
+    async def admit(self, place: Place) -> None: ...
+    async def settle(self, places: Iterable[Place]) -> None: ...
 
 
 class Input(Enum):
@@ -85,6 +102,8 @@ class Input(Enum):
     REPLACED = auto()
     VANISHED = auto()
     INTERFACE_GONE = auto()
+    EXEMPTED = auto()
+    CLAIMED = auto()
     RESTORE = auto()
 
 
@@ -97,23 +116,28 @@ class Effect(Enum):
 
 
 WAITING, PENDING, ENFORCED = EndpointState.WAITING, EndpointState.PENDING, EndpointState.ENFORCED
-FAILED, RESTORED = EndpointState.FAILED, EndpointState.RESTORED
+FAILED, EXEMPT, RESTORED = EndpointState.FAILED, EndpointState.EXEMPT, EndpointState.RESTORED
+UNSPLICED = (WAITING, PENDING, FAILED, EXEMPT, RESTORED)
 
 DETAILS = {
     WAITING: "its network namespace is not there",
     PENDING: "about to be spliced",
     ENFORCED: None,
+    EXEMPT: "left alone",
     RESTORED: "restored: not protected until its container or the agent starts anew",
 }
 
 TRANSITIONS: dict[tuple[EndpointState, Input], tuple[Effect, EndpointState]] = {
-    **{(state, Input.APPEARED): (Effect.NOTHING, PENDING) for state in (WAITING, PENDING, FAILED, RESTORED)},
-    **{(state, Input.REPLACED): (Effect.NOTHING, PENDING) for state in (WAITING, PENDING, FAILED, RESTORED)},
-    **{(state, Input.VANISHED): (Effect.NOTHING, WAITING) for state in (WAITING, PENDING, FAILED, RESTORED)},
+    **{(state, Input.APPEARED): (Effect.NOTHING, PENDING) for state in UNSPLICED},
+    **{(state, Input.REPLACED): (Effect.NOTHING, PENDING) for state in UNSPLICED},
+    **{(state, Input.VANISHED): (Effect.NOTHING, WAITING) for state in UNSPLICED},
+    **{(state, Input.EXEMPTED): (Effect.NOTHING, EXEMPT) for state in (PENDING, FAILED)},
     **{(state, Input.RESTORE): (Effect.NOTHING, RESTORED) for state in (PENDING, FAILED)},
+    (EXEMPT, Input.CLAIMED): (Effect.NOTHING, PENDING),
     (ENFORCED, Input.REPLACED): (Effect.LOSE, PENDING),
     (ENFORCED, Input.VANISHED): (Effect.LOSE, WAITING),
     (ENFORCED, Input.INTERFACE_GONE): (Effect.LOSE, PENDING),
+    (ENFORCED, Input.EXEMPTED): (Effect.RELEASE, EXEMPT),
     (ENFORCED, Input.RESTORE): (Effect.RELEASE, RESTORED),
 }
 """What is not in it changes nothing."""
@@ -141,6 +165,17 @@ class Managed:
         c = self.configured
         return SpliceRequest(c.name, str(c.netns), c.interface)
 
+    @property
+    def place(self) -> Place | None:
+        """What leads to its host end, if traffic may pass there. (In a splice: the network port.)"""
+        if self.splice is not None:
+            return "", self.splice.network_port
+        return (
+            (str(self.configured.netns), self.configured.interface)
+            if self.state in (EXEMPT, RESTORED)
+            else None
+        )
+
     def is_due(self, now: float) -> bool:
         return self.state is PENDING or (self.state is FAILED and now >= self.retry_at)
 
@@ -161,13 +196,14 @@ class Endpoints:
         kernel: Kernel,
         policy: Policy,
         roster: Roster,
+        gate: Gate,
         work: Worker,
         lock: asyncio.Lock,
         forget_flows: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runtime, self._kernel, self._policy = runtime, kernel, policy
-        self._roster, self._work, self._lock = roster, work, lock
+        self._roster, self._gate, self._work, self._lock = roster, gate, work, lock
         self._forget_flows, self._clock = forget_flows, clock
         self._managed: dict[str, Managed] = {}
         self._last_number = 0
@@ -192,13 +228,16 @@ class Endpoints:
         no policy, does not start, and the kernel goes on as it was.
         """
         async with self._lock:
+            await self._gate.shut()
             for endpoint in await self._work(self._runtime.endpoints):
                 self._managed[endpoint.name] = Managed(endpoint, PENDING, DETAILS[PENDING])
             for endpoint in self._runtime.missing():
                 self._managed[endpoint.name] = Managed(endpoint)
                 log.warning("not there, and waited for", endpoint=endpoint.name, netns=str(endpoint.netns))
             await self._recover()
+            await self._meet_outsiders()
             await self._policy.enforce()
+            await self._review(self)
             await self._settle()
 
     async def _recover(self) -> None:
@@ -268,6 +307,7 @@ class Endpoints:
             managed.configured = change.endpoint
             if managed.number:
                 self._number(managed)
+            await self._review([managed])
             if kind is ChangeKind.VANISHED and name not in {each.name for each in self._runtime.missing()}:
                 del self._managed[name]
             await self._settle()
@@ -293,6 +333,7 @@ class Endpoints:
                     await self._feed(managed, Input.INTERFACE_GONE)
                 elif addresses != managed.addresses:
                     await self._readdress(managed, addresses)
+            await self._meet_outsiders()
             await self._settle()
 
     async def _readdress(self, managed: Managed, addresses: tuple[Address, ...]) -> None:
@@ -315,7 +356,8 @@ class Endpoints:
             del self._managed[name]
         for managed in self._managed.values():
             managed.retry_at, managed.delay = self._clock(), RETRY_FIRST
-        await self._policy.catch_up()
+        await self._review(self)
+        await self._settle()
 
     async def restore(self, names: Sequence[str] | None) -> list[RestoreResult]:
         """Takes splices back (None: all). Raises UnknownNameError before anything is done."""
@@ -326,6 +368,7 @@ class Endpoints:
             wanted = list(self._managed) if names is None else list(dict.fromkeys(names))
             results = [await self._restore(self._managed[name]) for name in wanted]
             await self._policy.catch_up()
+            await self._admit_all()
             return [result for result in results if result is not None]
 
     async def _restore(self, managed: Managed) -> RestoreResult | None:
@@ -339,6 +382,36 @@ class Endpoints:
         except (DatapathError, OSError) as error:
             return RestoreResult(managed.name, str(error))
         return RestoreResult(managed.name)
+
+    # -- outsiders, exemptions, the gate ---------------------------------------------------------------------
+
+    async def _meet_outsiders(self) -> None:
+        exempt = (
+            Outsider(each.name, each.configured.labels, each.configured.addresses)
+            for each in self
+            if each.state is EXEMPT
+        )
+        outsiders = (*exempt, *self._runtime.outsiders())
+        self._roster.put_outsiders(with_host(outsiders, await self._gate.host_addresses()))
+
+    async def _review(self, several: Iterable[Managed]) -> None:
+        """Who is left alone now, and who no longer is."""
+        for managed in several:
+            reason = managed.configured.exempt or self._policy.exempts(managed.configured.labels)
+            try:
+                await self._feed(managed, Input.EXEMPTED if reason else Input.CLAIMED)
+            except EndpointGoneError:
+                await self._feed(managed, Input.INTERFACE_GONE)
+            except (DatapathError, OSError) as error:
+                log.error(
+                    "it is to be left alone, and stays protected", endpoint=managed.name, error=str(error)
+                )
+            if managed.state is EXEMPT:
+                managed.detail = reason
+        await self._meet_outsiders()
+
+    async def _admit_all(self) -> None:
+        await self._gate.settle(each.place for each in self if each.place is not None)
 
     # -- transitions ----------------------------------------------------------------------------------------
 
@@ -359,7 +432,8 @@ class Endpoints:
             managed.addresses = ()  # no transition leads to ENFORCED
 
     async def _settle(self) -> None:
-        """Splices what is due. Afterwards the policy in force is the roster's."""
+        """Splices what is due. Afterwards the policy in force is the roster's, and the gate is open to those whom it
+        should be open to."""
         now = self._clock()
         due = [managed for managed in self._managed.values() if managed.is_due(now)]
         for managed in await self._numbered([each for each in due if await self._looked(each)]):
@@ -367,6 +441,7 @@ class Endpoints:
                 return
             await self._splice(managed)
         await self._policy.catch_up()
+        await self._admit_all()
 
     async def _looked(self, managed: Managed) -> bool:
         try:
@@ -402,6 +477,7 @@ class Endpoints:
             self._fail(managed, error)
             return
         self._enforced(managed, managed.number, splice)
+        await self._gate.admit(("", splice.network_port))
         log.info("spliced", endpoint=splice.name, dark_ms=round(splice.dark * 1000, 1))
 
     def _enforced(self, managed: Managed, number: int, splice: Splice) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,7 @@ from isolator.control.problems import ConfigErrors
 from isolator.core.compile import Compiled, PolicyEntry, compile_policies
 from isolator.core.identities import Address
 from isolator.core.inspector import Inspector
-from isolator.core.model import Endpoint
+from isolator.core.model import Direction, Endpoint, Outsider
 from isolator.records import Recorder
 from isolator.roster import Roster
 from isolator.worker import Worker
@@ -65,6 +65,7 @@ class Known:
     sources: tuple[PolicySource, ...]
     endpoints: dict[int, Endpoint]
     addresses: dict[int, tuple[Address, ...]]
+    outsiders: tuple[Outsider, ...]
 
 
 class Enforcement:
@@ -116,7 +117,9 @@ class Enforcement:
             log.error("not in force, the policy before is", generation=self._generation, error=str(error))
 
     def _known(self) -> Known:
-        return Known(self.sources, dict(self._roster.endpoints), dict(self._roster.addresses))
+        return Known(
+            self.sources, dict(self._roster.endpoints), dict(self._roster.addresses), self._roster.outsiders
+        )
 
     async def _put_in_force(self, known: Known) -> None:
         maps = self._kernel.datapath
@@ -126,6 +129,7 @@ class Enforcement:
             known.endpoints,
             known.addresses,
             maps.next_generation(),
+            known.outsiders,
         )
         self._inspector.prepare_policy(compiled.profiles, compiled.generation)
         try:
@@ -137,6 +141,16 @@ class Enforcement:
             log.error("the policy before is not deleted, the next one will do it", error=str(error))
         self._inspector.policy_in_force(compiled.generation)
         self._recorder.rules = compiled.rules
+
+    # -- whom it is for -------------------------------------------------------------------------------------
+
+    def exempts(self, labels: Mapping[str, str]) -> str | None:
+        """Why an endpoint with these labels is left alone; None: it is to be protected."""
+        if any(each.items() <= labels.items() for each in self.config.exclude):
+            return "the config excludes it"
+        if self.config.protect == "selected" and not any(selects(each, labels) for each in self.sources):
+            return "no policy selects it"
+        return None
 
     @property
     def _generation(self) -> int:
@@ -188,12 +202,17 @@ def write(maps: PolicyMaps, compiled: Compiled) -> None:
     maps.write_policy(compiled.generation, compiled.entries, identities)
 
 
+def selects(source: PolicySource, labels: Mapping[str, str]) -> bool:
+    return any(source.policy.selects(labels, direction) for direction in Direction)
+
+
 def fixed_settings(old: Config, new: Config) -> list[str]:
     """Settings that differ and that a running agent cannot change."""
     pairs = {
         "runtime": ((old.runtime, old.engine), (new.runtime, new.engine)),
         "state_dir": (old.state_dir, new.state_dir),
         "datapath": (old.xdp, new.xdp),
+        "new_containers": (old.new_containers, new.new_containers),
     }
     return [name for name, (before, after) in pairs.items() if before != after]
 

@@ -1,17 +1,21 @@
-"""Who is protected: endpoints by number, with their addresses. Policy is compiled from it, records name from it."""
+"""Who is who: endpoints by number, outsiders by name, with their addresses. Policy is compiled from it, records name
+from it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from isolator.core.identities import Address
-from isolator.core.model import Endpoint
+from isolator.core.model import ENTITY, Endpoint, Outsider
 
 
 class Roster:
-    """`owners`: the endpoint that has an address, by the address's text. For the event loop alone."""
+    """`owners`: who has an address, by the address's text. For the event loop alone."""
 
     def __init__(self) -> None:
         self.endpoints: dict[int, Endpoint] = {}
         self.addresses: dict[int, tuple[Address, ...]] = {}
+        self.outsiders: tuple[Outsider, ...] = ()
         self.owners: dict[str, Endpoint] = {}
 
     def put(self, number: int, endpoint: Endpoint, addresses: tuple[Address, ...]) -> None:
@@ -23,8 +27,29 @@ class Roster:
         self.addresses.pop(number, None)
         self._own()
 
+    def put_outsiders(self, outsiders: tuple[Outsider, ...]) -> None:
+        if outsiders != self.outsiders:
+            self.outsiders = outsiders
+            self._own()
+
     def _own(self) -> None:
-        """Anew: two endpoints may have one address, and keep it when the other loses it."""
+        """Anew: two may have one address, and keep it when the other loses it. Endpoints come before outsiders."""
         self.owners.clear()
+        for outsider in self.outsiders:
+            endpoint = Endpoint(outsider.name, outsider.labels)
+            self.owners.update((str(address), endpoint) for address in outsider.addresses)
         for number, endpoint in self.endpoints.items():
             self.owners.update((str(address), endpoint) for address in self.addresses[number])
+
+
+def with_host(outsiders: Iterable[Outsider], addresses: Sequence[Address]) -> tuple[Outsider, ...]:
+    """With the host itself as an outsider. A gateway whose address is the host's own is the host, with the label of
+    its network: `{entity: host}` selects all of the host, `{entity: host, network: back}` the gateway of `back`."""
+    mine, found = frozenset(addresses), []
+    for each in outsiders:
+        if each.labels.get(ENTITY) == "gateway" and mine.issuperset(each.addresses):
+            each = Outsider(each.name, {**each.labels, ENTITY: "host"}, each.addresses)
+        found.append(each)
+    taken = {address for each in found for address in each.addresses}
+    rest = tuple(address for address in addresses if address not in taken and not address.is_loopback)
+    return (*found, Outsider("host", {ENTITY: "host"}, rest)) if rest else tuple(found)

@@ -8,24 +8,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from isolator.admission import Place
 from isolator.control.agent_view import EndpointState
 from isolator.control.runtime import Change, ChangeKind, RuntimeEndpoint
 from isolator.core.compile import PolicyTooLarge
 from isolator.core.identities import Address
-from isolator.core.model import Endpoint
+from isolator.core.model import Endpoint, Outsider
 from isolator.datapath.splice import InterfaceMissingError, Recovered, Splice, SpliceRequest
 from isolator.endpoints import Endpoints
 from isolator.roster import Roster
 from isolator.worker import Worker
 
 WAITING, PENDING, ENFORCED = EndpointState.WAITING, EndpointState.PENDING, EndpointState.ENFORCED
-FAILED, RESTORED = EndpointState.FAILED, EndpointState.RESTORED
+FAILED, RESTORED, EXEMPT = EndpointState.FAILED, EndpointState.RESTORED, EndpointState.EXEMPT
 APPEARED, VANISHED = ChangeKind.APPEARED, ChangeKind.VANISHED
 REPLACED, RELABELLED = ChangeKind.REPLACED, ChangeKind.RELABELLED
 SLOW = 0.005  # s for what the kernel does
@@ -118,8 +119,12 @@ class FakePolicy:
     def __init__(self, roster: Roster) -> None:
         self.roster = roster
         self.most = 100
+        self.exempt: dict[str, str] = {}  # reason by the value of the label `role`
         self.in_force: dict[int, tuple[Endpoint, object]] = {}
         self.written: list[list[str]] = []
+
+    def exempts(self, labels: Mapping[str, str]) -> str | None:
+        return self.exempt.get(labels.get("role", ""))
 
     async def enforce(self) -> None:
         wanted: dict[int, tuple[Endpoint, object]] = {
@@ -138,15 +143,50 @@ class FakePolicy:
             await self.enforce()
 
 
+class FakeGate:
+    """Implements endpoints.Gate. `admitted`: as `settle` had it last; `host`: addresses of the host."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.admitted: list[Place] = []
+        self.host: list[Address] = []
+
+    async def shut(self) -> None:
+        self.calls.append("shut")
+
+    async def open(self) -> None:
+        self.calls.append("open")
+
+    async def host_addresses(self) -> list[Address]:
+        return self.host
+
+    async def admit(self, place: Place) -> None:
+        self.calls.append(f"admit {place}")
+
+    async def settle(self, places: Iterable[Place]) -> None:
+        self.admitted = list(places)
+
+
 class FakeRuntime:
     """Implements runtime.Runtime over names that a test sets."""
 
     name = "fake"
+    host = None
+
+    def bridges(self) -> set[str]:
+        return set()
+
+    def outsiders(self) -> tuple[Outsider, ...]:
+        return self.known
+
+    def unprotectable(self) -> dict[str, str]:
+        return {}
 
     def __init__(self, *configured: str, there: Collection[str] = ()) -> None:
         self.configured = list(configured)
         self.there = set(there)
         self.told: list[Change | Exception] = []
+        self.known: tuple[Outsider, ...] = ()
 
     def endpoints(self) -> list[RuntimeEndpoint]:
         return [endpoint(name) for name in self.configured if name in self.there]
@@ -180,8 +220,9 @@ class World:
         self.now = 0.0
         self.forgotten: list[int] = []
         self.worker = Worker()
+        self.gate = FakeGate()
         self.endpoints = Endpoints(
-            self.runtime, self.kernel, self.policy, self.roster, self.worker, asyncio.Lock(),
+            self.runtime, self.kernel, self.policy, self.roster, self.gate, self.worker, asyncio.Lock(),
             self.forgotten.append, lambda: self.now,
         )  # fmt: skip
 

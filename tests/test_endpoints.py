@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from ipaddress import ip_address
 
 import pytest
 
 from isolator.control.agent_view import EndpointState, UnknownNameError
 from isolator.control.runtime import Change, RuntimeAwayError
+from isolator.core.model import Outsider
 from isolator.datapath.netns import NetnsMissingError, SpliceError
 from isolator.datapath.splice import (
     EndpointGoneError,
@@ -20,6 +23,7 @@ from isolator.endpoints import RETRY_MAX, TRANSITIONS, Input, mistakes
 from tests.endpoint_world import (
     APPEARED,
     ENFORCED,
+    EXEMPT,
     FAILED,
     PENDING,
     RELABELLED,
@@ -402,3 +406,97 @@ def test_mistakes_are_told_all_at_once_one_line_each() -> None:
     assert [line.split(":")[0] for line in lines] == ["b", "c", "d"]
     assert lines[0].startswith("b: eth7 in /run/netns/b is missing; there are: lo, eth0; correct")
     assert lines[2].endswith("is the container running? Start it, or correct `netns`")
+
+
+# -- who is left alone, and who else there is ----------------------------------------------------------------
+
+
+def test_who_is_exempt_is_not_spliced_and_passes_the_gate() -> None:
+    world = World("a", "b", there=("a", "b"))
+    world.policy.exempt = {"": "no policy selects it"}
+    world.play(world.change(RELABELLED, "a", role="api"), world.change(RELABELLED, "a"))
+    assert world.states == {"a": EXEMPT, "b": EXEMPT} and world.kernel.ports == {}
+    assert [done for done in world.kernel.done if "b" in done] == []
+    assert world.kernel.done[-1] == "release a"
+    assert sorted(str(place) for place in world.gate.admitted) == [
+        "('/run/netns/a', 'eth0')", "('/run/netns/b', 'eth0')",
+    ]  # fmt: skip
+    assert {each.detail for each in world.endpoints} == {"no policy selects it"}
+
+
+def test_a_new_config_exempts_and_claims() -> None:
+    world = World("a", there=("a",))
+    seen: list[EndpointState] = []
+
+    async def configure() -> None:
+        await world.endpoints.configure(["a"])
+        seen.append(world.states["a"])
+
+    world.play(
+        world.do(lambda: world.policy.exempt.update({"": "excluded"})), configure,
+        world.do(world.policy.exempt.clear), configure,
+    )  # fmt: skip
+    assert seen == [EXEMPT, ENFORCED]
+    world.sound()
+
+
+def test_a_runtimes_own_reason_counts_without_any_policy() -> None:
+    world = World("a", there=("a",))
+    alone = replace(endpoint("a"), exempt="it has the label isolator.exclude")
+
+    async def tell() -> None:
+        await world.endpoints.change(Change(RELABELLED, alone))
+
+    world.play(tell)
+    (only,) = world.endpoints
+    assert (only.state, only.detail) == (EXEMPT, "it has the label isolator.exclude")
+
+
+def test_one_that_cannot_be_released_stays_protected() -> None:
+    world = World("a", there=("a",))
+    world.kernel.refuses["release a"] = SpliceError("a: not restored")
+    world.play(
+        world.do(lambda: world.policy.exempt.update({"": "excluded"})), world.change(RELABELLED, "a", x="y")
+    )
+    assert world.states == {"a": ENFORCED}
+    world.sound()
+
+
+def test_an_exempt_endpoint_that_goes_and_comes_back() -> None:
+    world = World("a", there=("a",))
+    world.policy.exempt = {"": "excluded"}
+    world.play(world.change(VANISHED, "a"), world.change(APPEARED, "a"), world.change(REPLACED, "a"))
+    assert world.states == {"a": EXEMPT} and world.kernel.done == []
+
+
+def test_rules_can_name_who_is_exempt_the_host_and_its_gateways() -> None:
+    world = World("a", there=("a",))
+    world.policy.exempt = {"": "excluded"}
+    world.gate.host = [ip_address("10.1.0.1"), ip_address("10.2.0.1"), ip_address("127.0.0.1")]
+    world.runtime.known = (
+        Outsider("gateway of back", {"entity": "gateway", "network": "back"}, (ip_address("10.2.0.1"),)),
+        Outsider("gateway of far", {"entity": "gateway", "network": "far"}, (ip_address("10.3.0.1"),)),
+    )
+    alone = replace(endpoint("a", app="web"), addresses=(ip_address("10.9.0.1"),))
+
+    async def tell() -> None:
+        await world.endpoints.change(Change(RELABELLED, alone))
+
+    world.play(tell)
+    assert {
+        each.name: (each.labels, [str(a) for a in each.addresses]) for each in world.roster.outsiders
+    } == {
+        "a": ({"app": "web"}, ["10.9.0.1"]),
+        "gateway of back": ({"entity": "host", "network": "back"}, ["10.2.0.1"]),
+        "gateway of far": ({"entity": "gateway", "network": "far"}, ["10.3.0.1"]),
+        "host": ({"entity": "host"}, ["10.1.0.1"]),
+    }
+    assert world.roster.owners["10.9.0.1"].name == "a"
+
+
+def test_the_gate_is_shut_before_anything_else_and_opened_to_each_as_it_is_spliced() -> None:
+    world = World("a", "b", there=("a", "b"))
+    world.kernel.refuses["protect b"] = SpliceError("b: busy")
+    world.play()
+    assert world.gate.calls == ["shut", "admit ('', 101)"]
+    assert world.gate.admitted == [("", 101)]  # b is closed

@@ -16,7 +16,7 @@ from isolator.control.config import load
 from isolator.control.flowlog import FlowLog
 from isolator.core.compile import PolicyEntry, PolicyTooLarge, compile_policies
 from isolator.core.inspector import Inspector
-from isolator.core.model import Endpoint
+from isolator.core.model import Endpoint, Outsider
 from isolator.datapath.libbpf import BpfError
 from isolator.enforcement import Enforcement, stamps
 from isolator.records import Recorder
@@ -242,3 +242,47 @@ def test_a_stamp_of_what_cannot_be_looked_at(setting: Setting) -> None:
     link = setting.folder / "policies" / "dangling.yaml"
     link.symlink_to("nowhere")
     assert stamps(setting.policy.path, setting.policy.config)[link] is None
+
+
+EXEMPT = [
+    ("", {"app": "shop"}, None),
+    ("", {"app": "other"}, None),
+    ("protect: selected\n", {"app": "shop"}, None),
+    ("protect: selected\n", {"app": "other"}, "no policy selects it"),
+    ("exclude: [{app: shop, role: db}]\n", {"app": "shop"}, None),
+    (
+        "exclude: [{role: x}, {app: shop, role: db}]\n",
+        {"app": "shop", "role": "db"},
+        "the config excludes it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "labels", "reason"), EXEMPT)
+def test_who_is_left_alone(setting: Setting, config: str, labels: dict[str, str], reason: str | None) -> None:
+    async def reload() -> list[str]:
+        (setting.folder / "isolator.yaml").write_text(CONFIG.format(folder=setting.folder) + config)
+        return await setting.policy.reload()
+
+    assert setting.play(reload) == [[]]
+    assert setting.policy.exempts(labels) == reason
+
+
+def test_the_gate_cannot_change_while_running(setting: Setting) -> None:
+    async def reload() -> list[str]:
+        (setting.folder / "isolator.yaml").write_text(
+            CONFIG.format(folder=setting.folder) + "new_containers: open\n"
+        )
+        return await setting.policy.reload()
+
+    ((told,),) = setting.play(reload)
+    assert "new_containers cannot change while running" in told
+
+
+def test_outsiders_make_a_policy_of_their_own(setting: Setting) -> None:
+    async def meet() -> None:
+        setting.roster.put_outsiders((Outsider("host", {"entity": "host"}, (ip_address("10.0.0.9"),)),))
+        await setting.policy.catch_up()
+
+    setting.play(meet)
+    setting.agree(2)

@@ -20,6 +20,8 @@ class EndpointState(StrEnum):
     """In place, its policy in the kernel."""
     FAILED = "failed"
     """Could not be spliced; `detail` says why. Everything was put back, and it is tried again."""
+    EXEMPT = "exempt"
+    """Left alone, for the reason in `detail`: no policy selects it, or it is excluded. Rules can name it as a peer."""
     RESTORED = "restored"
     """Taken back on request: not protected until its container or the agent starts anew."""
 
@@ -40,7 +42,8 @@ class EndpointStatus:
 
 @dataclass(frozen=True, slots=True)
 class AgentStatus:
-    """`started`: seconds since 1970. `policy_errors`: what the last reload found wrong, one line each."""
+    """`started`: seconds since 1970. `policy_errors`: what the last reload found wrong, one line each.
+    `unprotectable`: containers that have no interface to protect, and why."""
 
     version: str
     pid: int
@@ -50,11 +53,12 @@ class AgentStatus:
     xdp: str
     endpoints: list[EndpointStatus]
     policy_errors: list[str] = field(default_factory=list)
+    unprotectable: dict[str, str] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:
-        """Every configured endpoint is spliced and enforced."""
-        return all(endpoint.state is EndpointState.ENFORCED for endpoint in self.endpoints)
+        """Every endpoint that is to be protected is spliced and enforced."""
+        return all(each.state in (EndpointState.ENFORCED, EndpointState.EXEMPT) for each in self.endpoints)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,9 @@ class ConfigModel(Strict):
     policies: list[Annotated[str, checked(check_file)]] = Field(default_factory=list)
     datapath: DatapathModel = DatapathModel()
     on_exit: Literal["keep", "restore"] = "keep"
+    protect: Literal["all", "selected"] = "all"
+    exclude: list[Labels] = Field(default_factory=list)
+    new_containers: Literal["closed", "open"] = "closed"
     endpoints: list[EndpointModel] = Field(default_factory=list)
 
 
@@ -85,7 +88,9 @@ class ConfigModel(Strict):
 class Config:
     """The agent's configuration. `policies`: files and folders, as to be opened from the working folder.
 
-    `engine`: the Docker engine's socket. `on_exit`: whether SIGTERM leaves the splices (`keep`) or takes them back
+    `engine`: the Docker engine's socket. `protect`: every endpoint, or those that a policy selects; `exclude`: none
+    that has all of one of these labels. `new_containers`: whether a container of an engine is cut off until it is
+    protected or known to be left alone. `on_exit`: whether SIGTERM leaves the splices (`keep`) or takes them back
     (`restore`).
     """
 
@@ -96,6 +101,9 @@ class Config:
     policies: tuple[Path, ...]
     xdp: Literal["off", "native", "generic"]
     on_exit: Literal["keep", "restore"]
+    protect: Literal["all", "selected"]
+    exclude: tuple[dict[str, str], ...]
+    new_containers: Literal["closed", "open"]
     endpoints: tuple[EndpointModel, ...]
 
     @property
@@ -183,6 +191,11 @@ def read_config(path: Path) -> tuple[Config | None, list[Path], list[Problem]]:
         problems.append(
             document.problem(("endpoints",), "the docker runtime finds endpoints by itself: remove these")
         )
+    for at, labels in enumerate(model.exclude if model is not None else ()):
+        if not labels:
+            problems.append(
+                document.problem(("exclude", at), "{} is every container: name a label, or stop the agent")
+            )
     named: list[Path] = []
     for at, text in texts(document.value, "policies"):
         policies = path.parent / text
@@ -202,6 +215,9 @@ def to_config(model: ConfigModel, path: Path) -> Config:
         tuple(path.parent / text for text in model.policies),
         model.datapath.xdp,
         model.on_exit,
+        model.protect,
+        tuple(model.exclude),
+        model.new_containers,
         tuple(model.endpoints),
     )
 

@@ -23,9 +23,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
+import struct
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from ipaddress import ip_address, ip_interface
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,17 @@ import structlog
 from docker.errors import DockerException  # type: ignore[import-untyped]
 
 from isolator.control.runtime import Change, RuntimeAwayError, RuntimeEndpoint, changed
+from isolator.core.identities import Address
+from isolator.core.model import ENTITY, Outsider
 
 RECONCILE_SECONDS = 5.0
 CALL_SECONDS = 10  # an engine that does not answer for so long counts as away
 AGAIN_SECONDS = 1.0  # until an engine that is away is asked again
-SETTLE_SECONDS = 0.05  # a start is several events: one look answers them
+SETTLE_SECONDS = 0.005  # a start is several events: one look answers them
+OLDEST_API = (1, 41)  # Docker 20.10
+GWBRIDGE = "docker_gwbridge"  # Swarm's bridge for the way out
+INGRESS_SANDBOX = "ingress_sbox"  # and the mesh's own namespace
+PEERCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 EXCLUDE = "isolator.exclude"
 """A container with this label, `true`, is left alone."""
@@ -50,7 +59,7 @@ KNOWN = {
     "swarm.service": "com.docker.swarm.service.name",
     "swarm.task": "com.docker.swarm.task.name",
 }
-RESERVED = frozenset({"name", "image", "network", *KNOWN})
+RESERVED = frozenset({"name", "image", "network", ENTITY, *KNOWN})
 
 Inspected = Mapping[str, Any]  # a container as GET /containers/{id}/json describes it
 
@@ -61,19 +70,34 @@ log = structlog.get_logger()
 
 
 def endpoints_of(container: Inspected) -> list[RuntimeEndpoint]:
-    """Its interfaces that can be protected, in the order of their networks' names."""
-    if unprotectable(container) is not None:
+    """Its interfaces, in the order of their networks' names."""
+    if has_no_interface(container):
         return []
-    name, own = container["Name"].lstrip("/"), first_network(container)
+    name, own = name_of(container), first_network(container)
     return [
         RuntimeEndpoint(
             name if network == own else f"{name}@{network}",
-            Path(container["NetworkSettings"]["SandboxKey"]),
+            sandbox_of(container),
             attachment["MacAddress"],
             labels_of(container, name, network),
+            addresses_in(attachment, "IPAddress", "GlobalIPv6Address"),
+            exemption(container),
         )
         for network, attachment in sorted(attachments(container).items())
     ]
+
+
+def name_of(container: Inspected) -> str:
+    return str(container["Name"]).lstrip("/")
+
+
+def sandbox_of(container: Inspected) -> Path:
+    """Its network namespace, as the kernel's mounts name it (/var/run is a link)."""
+    return Path(os.path.realpath(container["NetworkSettings"]["SandboxKey"]))
+
+
+def addresses_in(attachment: Mapping[str, Any], *keys: str) -> tuple[Address, ...]:
+    return tuple(ip_address(attachment[key]) for key in keys if attachment.get(key))
 
 
 def attachments(container: Inspected) -> dict[str, Any]:
@@ -96,21 +120,114 @@ def labels_of(container: Inspected, name: str, network: str) -> dict[str, str]:
     return {**labels, "name": name, "image": container["Config"]["Image"], "network": network}
 
 
-def unprotectable(container: Inspected) -> str | None:
-    """Why none of its interfaces can be protected; None: they can."""
-    mode = container["HostConfig"]["NetworkMode"]
+def exemption(container: Inspected) -> str | None:
+    """Why it is to be left alone, if it is."""
     if (container["Config"]["Labels"] or {}).get(EXCLUDE, "").lower() == "true":
         return f"it has the label {EXCLUDE}"
     hostname = os.environ.get("HOSTNAME", "")  # in a container: the beginning of its id
     if len(hostname) >= 12 and container["Id"].startswith(hostname):
         return "it is the agent's own"
-    if mode == "host":
-        return "it is on the host's network"
-    if mode == "none":
-        return "it has no network"
-    if mode.startswith("container:"):
-        return "it shares another container's network, and is protected with it"
     return None
+
+
+def has_no_interface(container: Inspected) -> bool:
+    """Of its own: one that shares another container's is protected with that."""
+    mode = container["HostConfig"]["NetworkMode"]
+    return mode in ("host", "none") or mode.startswith("container:")
+
+
+def unprotectable(container: Inspected) -> str | None:
+    """Why it has traffic that cannot be told from others', if it has."""
+    if container["HostConfig"]["NetworkMode"] == "host" and exemption(container) is None:
+        return "it is on the host's network: its traffic is the host's (the label entity=host)"
+    return None
+
+
+# -- who else is there ---------------------------------------------------------------------------------------
+
+
+def gateways(containers: Iterable[Inspected]) -> list[Outsider]:
+    """Of the networks that they are in. A published port and a hairpin show a server the gateway as its client."""
+    found: dict[str, set[Address]] = {}
+    for container in containers:
+        for network, attachment in attachments(container).items():
+            found.setdefault(network, set()).update(addresses_in(attachment, "Gateway", "IPv6Gateway"))
+    return [
+        Outsider(
+            f"gateway of {network}",
+            {ENTITY: "gateway", "network": network},
+            tuple(sorted(addresses, key=lambda each: (each.version, int(each)))),
+        )
+        for network, addresses in sorted(found.items())
+        if addresses
+    ]
+
+
+def services(described: Iterable[Mapping[str, Any]], networks: Mapping[str, str]) -> list[Outsider]:
+    """Swarm's services as their clients see them: a virtual address in each network (by id → name), with the labels
+    of the service's tasks."""
+    found = []
+    for service in described:
+        spec = service["Spec"]
+        task = spec["TaskTemplate"].get("ContainerSpec") or {}
+        labels = {key: value for key, value in (task.get("Labels") or {}).items() if key not in RESERVED}
+        for each in service.get("Endpoint", {}).get("VirtualIPs") or ():
+            network = networks.get(each["NetworkID"], "")
+            found.append(
+                Outsider(
+                    f"service {spec['Name']}@{network}",
+                    {
+                        **labels,
+                        "swarm.service": spec["Name"],
+                        "image": task.get("Image", ""),
+                        "network": network,
+                    },
+                    (ip_interface(each["Addr"]).ip,),
+                )
+            )
+    return found
+
+
+def gateway_endpoints(network: Mapping[str, Any], containers: Sequence[Inspected]) -> list[RuntimeEndpoint]:
+    """A Swarm container's second interface, its way out of the overlay: no container's description tells of it, that
+    of the network `docker_gwbridge` does, under the sandbox's id (libnetwork, default_gateway.go). The mesh's own is
+    left alone."""
+    sandboxes = {each["NetworkSettings"].get("SandboxID", "")[:12]: each for each in containers}
+    found = []
+    for attachment in (network.get("Containers") or {}).values():
+        _, _, sandbox = str(attachment["Name"]).partition("gateway_")
+        addresses = tuple(
+            ip_interface(attachment[key]).ip for key in ("IPv4Address", "IPv6Address") if attachment.get(key)
+        )
+        if sandbox == INGRESS_SANDBOX and sandboxes:
+            folder = sandbox_of(next(iter(sandboxes.values()))).parent
+            labels = {ENTITY: "gateway", "network": network["Name"]}
+            found.append(
+                RuntimeEndpoint(
+                    "ingress-sbox", folder / INGRESS_SANDBOX, attachment["MacAddress"], labels, addresses,
+                    "it is Swarm's own",
+                )
+            )  # fmt: skip
+        elif (container := sandboxes.get(sandbox)) is not None:
+            name = name_of(container)
+            found.append(
+                RuntimeEndpoint(
+                    f"{name}@{network['Name']}",
+                    sandbox_of(container),
+                    attachment["MacAddress"],
+                    labels_of(container, name, network["Name"]),
+                    addresses,
+                    exemption(container),
+                )
+            )
+    return found
+
+
+def bridge_of(network: Mapping[str, Any]) -> str:
+    """The name of a network's bridge device (libnetwork, drivers/bridge/bridge.go)."""
+    return str(
+        (network.get("Options") or {}).get("com.docker.network.bridge.name") or f"br-{network['Id'][:12]}"
+    )
 
 
 # -- what there is -------------------------------------------------------------------------------------------
@@ -121,11 +238,27 @@ class DockerRuntime:
 
     name = "docker"
 
-    def __init__(self, socket: Path) -> None:
-        self._socket = socket
+    def __init__(self, socket_path: Path) -> None:
+        self._socket = socket_path
         self._client: Any = None
         self._known: dict[str, RuntimeEndpoint] = {}
-        self._reported: set[str] = set()
+        self._seen: dict[str, tuple[Any, Inspected]] = {}  # by id: how it was listed, and what it is
+        self._outsiders: tuple[Outsider, ...] = ()
+        self._unprotectable: dict[str, str] = {}
+
+    @property
+    def host(self) -> Path:
+        return host_netns(self._socket)
+
+    def outsiders(self) -> tuple[Outsider, ...]:
+        return self._outsiders
+
+    def unprotectable(self) -> dict[str, str]:
+        return self._unprotectable
+
+    def bridges(self) -> set[str]:
+        with self._asking() as engine:
+            return {bridge_of(each) for each in engine.networks() if each["Driver"] == "bridge"} | {GWBRIDGE}
 
     def configure(self, configured: Sequence[Any]) -> set[str]:
         """Nothing is configured: the engine says what there is."""
@@ -141,13 +274,20 @@ class DockerRuntime:
 
     def look(self) -> dict[str, RuntimeEndpoint]:
         """Every endpoint by name. Blocks; raises RuntimeAwayError."""
-        found: list[RuntimeEndpoint] = []
-        for container in self._running():
-            self._report(container)
-            found += endpoints_of(container)
+        with self._asking() as engine:
+            containers = self._running(engine)
+            found = [endpoint for container in containers for endpoint in endpoints_of(container)]
+            others = gateways(containers)
+            if any("com.docker.swarm.service.id" in (each["Config"]["Labels"] or {}) for each in containers):
+                found += self._swarm_endpoints(engine, containers)
+                others += self._services(engine)
+        self._outsiders = tuple(others)
+        self._report({name_of(each): reason for each in containers if (reason := unprotectable(each))})
         return named(found, self._known)
 
-    def _running(self) -> Iterator[Inspected]:
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[Any]:
+        """The engine's API. Whatever goes wrong in the block is RuntimeAwayError."""
         if not self._socket.is_socket():
             raise RuntimeAwayError(
                 f"no Docker engine at {self._socket}: start it, or correct runtime.socket in the config"
@@ -155,18 +295,50 @@ class DockerRuntime:
         try:
             if self._client is None:
                 self._client = docker.DockerClient(f"unix://{self._socket}", timeout=CALL_SECONDS)
-            for each in self._client.api.containers():  # running and paused ones
-                with contextlib.suppress(docker.errors.NotFound):  # gone meanwhile
-                    yield self._client.api.inspect_container(each["Id"])
+                check_version(self._client.version())
+            yield self._client.api
+        except PermissionError as error:
+            raise RuntimeAwayError(f"{self._socket} may not be opened: run the agent as root") from error
         except (DockerException, requests.RequestException, OSError) as error:
             self._client = None
             raise RuntimeAwayError(f"no Docker engine answers at {self._socket}: {error}") from error
 
-    def _report(self, container: Inspected) -> None:
-        reason = unprotectable(container)
-        if reason is not None and container["Id"] not in self._reported:
-            self._reported.add(container["Id"])
-            log.warning("not protected", container=container["Name"].lstrip("/"), reason=reason)
+    def _running(self, engine: Any) -> list[Inspected]:
+        """Running and paused ones. Asks anew for those alone that are listed in another way than last time."""
+        seen = {}
+        for listed in engine.containers():
+            look = {key: value for key, value in listed.items() if key != "Status"}  # `Up 5 seconds`
+            before, container = self._seen.get(listed["Id"], (None, None))
+            if look != before:
+                try:
+                    container = engine.inspect_container(listed["Id"])
+                except docker.errors.NotFound:  # gone meanwhile
+                    continue
+                except requests.ReadTimeout:  # it hangs in its start or stop: as it was, and asked again
+                    log.warning("the engine does not describe it", container=listed["Names"])
+                    look = {}
+            if container is not None:
+                seen[listed["Id"]] = look, container
+        self._seen = seen
+        return [container for _, container in seen.values()]
+
+    def _swarm_endpoints(self, engine: Any, containers: Sequence[Inspected]) -> list[RuntimeEndpoint]:
+        try:
+            return gateway_endpoints(engine.inspect_network(GWBRIDGE), containers)
+        except docker.errors.NotFound:
+            return []
+
+    def _services(self, engine: Any) -> list[Outsider]:
+        """Managers know them; a worker does not, and its rules name their virtual addresses by CIDR."""
+        try:
+            return services(engine.services(), {each["Id"]: each["Name"] for each in engine.networks()})
+        except docker.errors.APIError:
+            return []
+
+    def _report(self, unprotectable: dict[str, str]) -> None:
+        for name in unprotectable.keys() - self._unprotectable.keys():
+            log.warning("not protectable", container=name, reason=unprotectable[name])
+        self._unprotectable = unprotectable
 
     async def changes(self) -> AsyncIterator[Change]:
         told = asyncio.Event()
@@ -207,6 +379,27 @@ class DockerRuntime:
             yield
         finally:
             ended.set()
+
+
+def check_version(told: Mapping[str, Any]) -> None:
+    """Raises DockerException for an engine that is too old."""
+    api = tuple(int(part) for part in str(told.get("ApiVersion", "0.0")).split("."))
+    if api < OLDEST_API:
+        raise DockerException(
+            f"it speaks API {told.get('ApiVersion')} (Docker {told.get('Version')}): Docker 20.10 or later is needed"
+        )
+
+
+def host_netns(socket_path: Path) -> Path:
+    """The network namespace in which the engine behind a socket has its bridges: that of the process that listens
+    there (SO_PEERCRED, unix(7)), or, where that cannot be seen, our own."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(str(socket_path))
+        pid, _, _ = PEERCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEERCRED.size))
+        path = Path(f"/proc/{pid}/ns/net")
+        if pid and path.exists():
+            return path
+    return Path("/proc/self/ns/net")
 
 
 def named(

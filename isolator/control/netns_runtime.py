@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from isolator.control.runtime import Change, RuntimeEndpoint, changed
+from isolator.core.model import Outsider
 
 NETNS_FOLDER = Path("/run/netns")
 """Where iproute2 mounts named network namespaces."""
@@ -79,6 +80,20 @@ class NetnsRuntime:
     def endpoints(self) -> list[RuntimeEndpoint]:
         self._known = present(self._configured)
         return [seen.endpoint for seen in self._known.values()]
+
+    @property
+    def host(self) -> None:
+        """Its endpoints may hang anywhere."""
+        return
+
+    def bridges(self) -> set[str]:
+        return set()
+
+    def outsiders(self) -> tuple[Outsider, ...]:
+        return ()
+
+    def unprotectable(self) -> dict[str, str]:
+        return {}
 
     def missing(self) -> list[RuntimeEndpoint]:
         return [endpoint for endpoint in self._configured if endpoint.name not in self._known]

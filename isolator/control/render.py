@@ -79,6 +79,11 @@ def endpoint_rows(endpoints: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
         ]
 
 
+def unprotectable_rows(found: dict[str, str]) -> Iterator[list[str]]:
+    for name, reason in sorted(found.items()):
+        yield [name, "unprotectable", "-", "-", reason]
+
+
 def flow_line(record: dict[str, Any]) -> str:
     """One record as one line: time, verdict, who to whom, what, why.
 

@@ -11,15 +11,21 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from isolator.core.identities import Address
+from isolator.core.model import Outsider
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeEndpoint:
-    """An endpoint as its runtime names it. `netns`: a path for setns(2); `interface`: its name inside."""
+    """An endpoint as its runtime names it. `netns`: a path for setns(2); `interface`: its name or MAC inside;
+    `addresses`: as far as the runtime knows them; `exempt`: why it is to be left alone, if it is."""
 
     name: str
     netns: Path
     interface: str
     labels: dict[str, str] = field(default_factory=dict, hash=False)
+    addresses: tuple[Address, ...] = ()
+    exempt: str | None = None
 
 
 class ChangeKind(StrEnum):
@@ -28,7 +34,7 @@ class ChangeKind(StrEnum):
     REPLACED = "replaced"
     """The same name, another network namespace or interface: what was spliced goes, the new one has to be."""
     RELABELLED = "relabelled"
-    """Only its labels changed: policy has to be looked at again, the splice stays."""
+    """Only what is known of it changed, its labels above all: policy has to be looked at again, the splice stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ def changed(
             yield Change(ChangeKind.APPEARED, endpoint)
         elif moved(name):
             yield Change(ChangeKind.REPLACED, endpoint)
-        elif before[name].labels != endpoint.labels:
+        elif before[name] != endpoint:
             yield Change(ChangeKind.RELABELLED, endpoint)
 
 
@@ -70,6 +76,23 @@ class Runtime(Protocol):
     def endpoints(self) -> list[RuntimeEndpoint]:
         """The endpoints that exist now; may block. Raises RuntimeAwayError: at a start, whoever is spliced and not
         among them gets the network back, so that an empty answer must be a true one."""
+        ...
+
+    @property
+    def host(self) -> Path | None:
+        """The network namespace with the bridges of its containers, a path for setns(2); None: it has none."""
+        ...
+
+    def bridges(self) -> set[str]:
+        """The names of its bridges there, asked now; may block. Raises RuntimeAwayError."""
+        ...
+
+    def outsiders(self) -> tuple[Outsider, ...]:
+        """Gateways and services, as of the last look."""
+        ...
+
+    def unprotectable(self) -> dict[str, str]:
+        """Containers without an interface of their own, and why that is, as of the last look."""
         ...
 
     def missing(self) -> list[RuntimeEndpoint]:

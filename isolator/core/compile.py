@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from isolator.core.identities import IDENTITIES_MAX, Address, Identities, IdentityPrefix, build_identities
-from isolator.core.model import Direction, DropReason, Endpoint, PolicyFlag, RuleRef, Verdict
+from isolator.core.model import Direction, DropReason, Endpoint, Outsider, PolicyFlag, RuleRef, Verdict
 from isolator.core.policy import Covering, Outcome, Policy, Profile, weigh
 
 POLICY_MAX = 1048576
@@ -81,10 +81,11 @@ def compile_policies(
     endpoints: Mapping[int, Endpoint],
     addresses: Mapping[int, Iterable[Address]],
     generation: int,
+    outsiders: Iterable[Outsider] = (),
 ) -> Compiled:
     """`endpoints` and their `addresses` by number. Raises PolicyTooLarge. Same input, same numbers."""
     policies = tuple(policies)
-    identities = build_identities(policies, endpoints, addresses)
+    identities = build_identities(policies, endpoints, addresses, outsiders)
     if len(identities.prefixes) > IDENTITIES_MAX // GENERATIONS:
         held = IDENTITIES_MAX // GENERATIONS
         raise PolicyTooLarge(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from isolator.core.identities import Address, identify, owners_of
-from isolator.core.model import Decision, Direction, DropReason, Endpoint, RuleRef, Verdict
+from isolator.core.model import Decision, Direction, DropReason, Endpoint, Outsider, RuleRef, Verdict
 from isolator.core.policy import (
     PROTOCOLS,
     UDP,
@@ -129,9 +129,10 @@ def explain(
     endpoints: Mapping[int, Endpoint],
     addresses: Mapping[int, Sequence[Address]],
     question: Question,
+    outsiders: Iterable[Outsider] = (),
 ) -> Explanation:
-    """Raises QuestionError. An endpoint stands for the first of its addresses."""
-    policies = tuple(policies)
+    """Raises QuestionError. An endpoint or outsider stands for the first of its addresses."""
+    policies, outsiders = tuple(policies), tuple(outsiders)
     protocol = PROTOCOLS.get(question.protocol.lower(), 0)
     if not protocol:
         raise QuestionError(f"unknown protocol {question.protocol!r}: tcp, udp or icmp")
@@ -141,7 +142,8 @@ def explain(
         raise QuestionError("HTTP goes over tcp")
     request = requested(question)
     source, destination = (
-        party(name, policies, endpoints, addresses) for name in (question.source, question.destination)
+        party(name, policies, endpoints, addresses, outsiders)
+        for name in (question.source, question.destination)
     )
     point = PortMatch(protocol, question.port if protocol in TCP_OR_UDP else 0)
     halves = tuple(
@@ -199,21 +201,26 @@ def party(
     policies: Iterable[Policy],
     endpoints: Mapping[int, Endpoint],
     addresses: Mapping[int, Sequence[Address]],
+    outsiders: Sequence[Outsider],
 ) -> Party:
-    owners = owners_of(endpoints, addresses)
+    owners = owners_of(endpoints, addresses, outsiders)
     for number, endpoint in endpoints.items():
         if endpoint.name == name:
             its = addresses.get(number, ())
             if not its:
                 return Party(name, Identity(frozenset({frozenset(endpoint.labels.items())})), endpoint)
             return Party(name, identify(its[0], policies, owners), endpoint)
+    for outsider in outsiders:
+        if outsider.name == name and outsider.addresses:
+            return Party(name, identify(outsider.addresses[0], policies, owners), None)
     if name == WORLD:
         return Party(name, Identity(), None)
     try:
         address = ip_address(name)
     except ValueError:
-        known = ", ".join(sorted(endpoint.name for endpoint in endpoints.values())) or "none"
-        raise QuestionError(f"no endpoint and no address: {name!r}; endpoints: {known}") from None
+        names = [endpoint.name for endpoint in endpoints.values()] + [each.name for each in outsiders]
+        known = ", ".join(sorted(names)) or "none"
+        raise QuestionError(f"no endpoint and no address: {name!r}; there are: {known}") from None
     having = [number for number in endpoints if address in addresses.get(number, ())]
     return Party(
         name, identify(address, policies, owners), endpoints[having[0]] if len(having) == 1 else None

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NamedTuple
 
-from isolator.core.model import Endpoint
+from isolator.core.model import Endpoint, Outsider
 from isolator.core.policy import Identity, LabelSet, Network, Policy, labels_of
 
 Address = IPv4Address | IPv6Address
@@ -72,13 +72,18 @@ def unmapped(address: Address) -> Address:
 
 
 def owners_of(
-    endpoints: Mapping[int, Endpoint], addresses: Mapping[int, Iterable[Address]]
+    endpoints: Mapping[int, Endpoint],
+    addresses: Mapping[int, Iterable[Address]],
+    outsiders: Iterable[Outsider] = (),
 ) -> dict[Address, frozenset[LabelSet]]:
     owners: dict[Address, frozenset[LabelSet]] = {}
-    for number, endpoint in endpoints.items():
-        labels = labels_of(endpoint.labels)
-        for address in map(unmapped, addresses.get(number, ())):
-            owners[address] = owners.get(address, frozenset()) | {labels}
+    having: list[tuple[Mapping[str, str], Iterable[Address]]] = [
+        *((endpoint.labels, addresses.get(number, ())) for number, endpoint in endpoints.items()),
+        *((each.labels, each.addresses) for each in outsiders),
+    ]
+    for labels, held in having:
+        for address in map(unmapped, held):
+            owners[address] = owners.get(address, frozenset()) | {labels_of(labels)}
     return owners
 
 
@@ -96,11 +101,12 @@ def build_identities(
     policies: Iterable[Policy],
     endpoints: Mapping[int, Endpoint],
     addresses: Mapping[int, Iterable[Address]],
+    outsiders: Iterable[Outsider] = (),
 ) -> Identities:
     """Every address has an identity afterwards: 0.0.0.0/0 and ::/0 are always among the prefixes."""
     named = {network for policy in policies for network in policy.networks()}
     families = Families(named)
-    owners = owners_of(endpoints, addresses)
+    owners = owners_of(endpoints, addresses, outsiders)
     prefixes: list[IdentityPrefix] = []
     numbers: dict[Identity, int] = {}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
+from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
 
@@ -121,6 +122,20 @@ class Endpoint:
 
     name: str
     labels: dict[str, str] = field(hash=False)
+
+
+ENTITY = "entity"
+"""The label of outsiders that are no workload: `host`, `gateway`. Only a selection that names it chooses them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outsider:
+    """Somebody whom policies can name and who is not protected here: the host, a gateway, a service, a container
+    that was left alone."""
+
+    name: str
+    labels: dict[str, str] = field(hash=False)
+    addresses: tuple[IPv4Address | IPv6Address, ...]
 
 
 class RuleRef(NamedTuple):

@@ -23,7 +23,7 @@ from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from typing import Protocol
 
-from isolator.core.model import Decision, Direction, DropReason, PolicyFlag, RuleRef, Verdict
+from isolator.core.model import ENTITY, Decision, Direction, DropReason, PolicyFlag, RuleRef, Verdict
 from isolator.core.pattern import HostPattern, PathPattern, without_parameters
 
 Network = IPv4Network | IPv6Network
@@ -66,6 +66,10 @@ def labels_of(labels: Mapping[str, str]) -> LabelSet:
     return frozenset(labels.items())
 
 
+def entity_of(labels: LabelSet) -> LabelSet:
+    return frozenset(each for each in labels if each[0] == ENTITY)
+
+
 # -- who ---------------------------------------------------------------------------------------------------
 
 
@@ -84,12 +88,15 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """Peers by label: every endpoint whose labels include these. No labels: every endpoint."""
+    """Peers by label: every endpoint whose labels include these. No labels: every endpoint.
+
+    Who has the label ENTITY is meant only where it is named: `{}` is not the host.
+    """
 
     labels: LabelSet
 
     def matches(self, identity: Identity, widest: bool) -> bool:
-        having = [self.labels <= owner for owner in identity.owners]
+        having = [self.labels <= owner and entity_of(owner) <= self.labels for owner in identity.owners]
         return any(having) if widest else bool(having) and all(having)
 
     def __str__(self) -> str:
@@ -113,7 +120,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Any address that is no endpoint's."""
+    """Any address that is no endpoint's, and not the host's, a gateway's or a service's."""
 
     def matches(self, identity: Identity, widest: bool) -> bool:
         return not identity.owners

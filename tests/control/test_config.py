@@ -190,7 +190,7 @@ on_exit:
         "isolator.yaml:1:1: 'state_dir' is missing in the document: add it",
         "isolator.yaml:1:17: 'runtime.kind' cannot be 'podman': write one of netns, docker",
         "isolator.yaml:2:1: unknown key 'state_dirs' in the document: did you mean 'state_dir'? "
-        "Known here: datapath, endpoints, on_exit, policies, runtime, state_dir",
+        "Known here: datapath, endpoints, exclude, new_containers, on_exit, policies, protect, runtime, state_dir",
         "isolator.yaml:3:12: nope: there is no such file or folder: correct the path or make it",
         "isolator.yaml:3:30: empty: the folder holds no .yaml or .yml file: "
         "put a policy there, or remove it from the list",
@@ -241,6 +241,9 @@ CONFIG_ERRORS = [
     ("state_dir: /x\nendpoints: &a [*a]\n", "too deep or too large"),
     ("state_dir: *nowhere\n", "1:12: this is not YAML"),
     ("a: " + "[" * 5000, "too deep"),
+    ("state_dir: /x\nprotect: some\n", "2:10: 'protect' cannot be 'some': write one of all, selected"),
+    ("state_dir: /x\nexclude: [{app: x}, {}]\n", "2:21: {} is every container"),
+    ("state_dir: /x\nnew_containers: shut\n", "2:17: 'new_containers' cannot be 'shut'"),
 ]
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import copy
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from docker.errors import DockerException  # type: ignore[import-untyped]
 
-from isolator.control.docker_runtime import DockerRuntime, differences, endpoints_of, named, unprotectable
+from isolator.control.docker_runtime import (
+    DockerRuntime,
+    bridge_of,
+    check_version,
+    differences,
+    endpoints_of,
+    gateway_endpoints,
+    gateways,
+    named,
+    services,
+    unprotectable,
+)
 from isolator.control.runtime import RuntimeAwayError
+from isolator.core.model import Outsider
 
 WEB: dict[str, Any] = {
     "Id": "4f" * 32,
@@ -17,7 +31,7 @@ WEB: dict[str, Any] = {
     "Config": {"Image": "nginx:1", "Labels": {"app": "shop", "name": "forged", "com.docker.compose.project": "p"}},
     "HostConfig": {"NetworkMode": "default"},
     "NetworkSettings": {
-        "SandboxKey": "/var/run/docker/netns/4f4f4f4f4f4f",
+        "SandboxKey": "/run/docker/netns/4f4f4f4f4f4f",
         "Networks": {
             "bridge": {"MacAddress": "02:42:ac:11:00:02", "IPAddress": "172.17.0.2"},
             "back": {"MacAddress": "02:42:ac:12:00:02", "IPAddress": "172.18.0.2"},
@@ -41,7 +55,7 @@ def web(**changes: Any) -> dict[str, Any]:
 def test_each_network_makes_an_endpoint() -> None:
     back, own = endpoints_of(WEB)
     assert (own.name, own.interface, own.netns) == (
-        "web", "02:42:ac:11:00:02", Path("/var/run/docker/netns/4f4f4f4f4f4f"),
+        "web", "02:42:ac:11:00:02", Path("/run/docker/netns/4f4f4f4f4f4f"),
     )  # fmt: skip
     assert (back.name, back.interface, back.labels["network"]) == ("web@back", "02:42:ac:12:00:02", "back")
 
@@ -60,21 +74,83 @@ def test_a_network_that_is_not_joined_yet_makes_none() -> None:
     assert endpoints_of(web(NetworkSettings__Networks=None)) == []
 
 
-@pytest.mark.parametrize(("changes", "reason"), [
-    ({"HostConfig__NetworkMode": "host"}, "host's network"),
-    ({"HostConfig__NetworkMode": "none"}, "no network"),
-    ({"HostConfig__NetworkMode": "container:abc"}, "another container's network"),
-    ({"Config__Labels": {"isolator.exclude": "true"}}, "isolator.exclude"),
-])  # fmt: skip
-def test_what_cannot_be_protected_says_why(changes: dict[str, Any], reason: str) -> None:
-    assert reason in str(unprotectable(web(**changes)))
-    assert endpoints_of(web(**changes)) == []
+@pytest.mark.parametrize("mode", ["host", "none", "container:abc"])
+def test_who_has_no_interface_of_its_own_makes_none_and_one_on_the_hosts_network_is_told(mode: str) -> None:
+    container = web(HostConfig__NetworkMode=mode)
+    assert endpoints_of(container) == []
+    assert (unprotectable(container) is not None) == (mode == "host")
 
 
-def test_the_agents_own_container_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert unprotectable(WEB) is None
+def test_who_is_left_alone_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {each.exempt for each in endpoints_of(WEB)} == {None}
+    excluded = web(Config__Labels={"isolator.exclude": "true"})
+    assert {each.exempt for each in endpoints_of(excluded)} == {"it has the label isolator.exclude"}
     monkeypatch.setenv("HOSTNAME", "4f" * 6)
-    assert "own" in str(unprotectable(WEB))
+    assert {each.exempt for each in endpoints_of(WEB)} == {"it is the agent's own"}
+
+
+# -- who else is there ---------------------------------------------------------------------------------------
+
+
+def test_a_networks_gateway_is_an_outsider_with_its_networks_name() -> None:
+    gateway = {"MacAddress": "02:42:ac:12:00:02", "Gateway": "172.18.0.1", "IPv6Gateway": "fd00::1"}
+    assert gateways([web(NetworkSettings__Networks__back=gateway), WEB]) == [
+        Outsider("gateway of back", {"entity": "gateway", "network": "back"},
+                 (ip_address("172.18.0.1"), ip_address("fd00::1")))
+    ]  # fmt: skip
+
+
+def test_a_services_virtual_address_has_the_labels_of_its_tasks() -> None:
+    """Fed with what a Swarm manager's API answers: this kernel may have no vxlan, and then no Swarm network."""
+    described = {
+        "Spec": {
+            "Name": "shop_api",
+            "TaskTemplate": {"ContainerSpec": {"Image": "api:1", "Labels": {"app": "shop", "name": "x"}}},
+        },
+        "Endpoint": {"VirtualIPs": [{"NetworkID": "n1", "Addr": "10.0.1.2/24"}]},
+    }
+    none = {"Spec": {"Name": "job", "TaskTemplate": {}}}
+    assert services([described, none], {"n1": "shop_net"}) == [
+        Outsider(
+            "service shop_api@shop_net",
+            {"app": "shop", "swarm.service": "shop_api", "image": "api:1", "network": "shop_net"},
+            (ip_address("10.0.1.2"),),
+        )
+    ]
+
+
+def test_a_swarm_containers_way_out_is_an_endpoint_and_the_meshs_own_is_left_alone() -> None:
+    """Likewise."""
+    task = web(NetworkSettings__SandboxID="abcdef012345" + "0" * 52)
+    network = {
+        "Name": "docker_gwbridge",
+        "Containers": {
+            "t": {"Name": "gateway_abcdef012345", "MacAddress": "02:42:ac:13:00:03", "IPv4Address": "172.19.0.3/16"},
+            "i": {"Name": "gateway_ingress_sbox", "MacAddress": "02:42:ac:13:00:02", "IPv4Address": "172.19.0.2/16"},
+            "u": {"Name": "gateway_ffffffffffff", "MacAddress": "02:42:ac:13:00:04", "IPv4Address": "172.19.0.4/16"},
+        },
+    }  # fmt: skip
+    way_out, ingress = gateway_endpoints(network, [task])
+    assert (way_out.name, way_out.interface, way_out.exempt) == (
+        "web@docker_gwbridge", "02:42:ac:13:00:03", None,
+    )  # fmt: skip
+    assert way_out.labels["app"] == "shop" and way_out.addresses == (ip_address("172.19.0.3"),)
+    assert (str(ingress.netns), ingress.exempt) == ("/run/docker/netns/ingress_sbox", "it is Swarm's own")
+
+
+def test_bridges_have_the_name_that_was_given_or_their_networks_id() -> None:
+    assert bridge_of({"Id": "0123456789abcdef", "Options": None}) == "br-0123456789ab"
+    named_one = {"Id": "0123456789abcdef", "Options": {"com.docker.network.bridge.name": "docker0"}}
+    assert bridge_of(named_one) == "docker0"
+
+
+def test_an_engine_that_is_too_old_is_refused() -> None:
+    check_version({"ApiVersion": "1.41", "Version": "20.10.24"})
+    with pytest.raises(DockerException, match=r"20\.10 or later"):
+        check_version({"ApiVersion": "1.40", "Version": "19.03.1"})
+
+
+# -- from look to look ---------------------------------------------------------------------------------------
 
 
 def test_differences() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from isolator.core.compile import Compiled, PolicyEntry, PolicyTooLarge, compile_policies
 from isolator.core.identities import Address
-from isolator.core.model import Direction, DropReason, Endpoint, PolicyFlag, RuleRef, Verdict
+from isolator.core.model import Direction, DropReason, Endpoint, Outsider, PolicyFlag, RuleRef, Verdict
 from isolator.core.pattern import PathPattern
 from isolator.core.policy import (
     Action,
@@ -325,6 +325,28 @@ def test_addresses_nobody_tells_apart_share_an_identity() -> None:
     compiled = compile_policies([Policy("p", ingress=(Rule("r", peers=(World(),)),))], many, addresses, 1)
     assert sorted(compiled.identity_names.values()) == ["app=shop", "world"]
     assert len(compiled.entries) == 50 * (2 + 1)
+
+
+@pytest.mark.parametrize(("peer", "who"), [
+    (Selected(labels_of({})), ["app=web"]),
+    (Selected(labels_of({"app": "web"})), ["app=web"]),
+    (Selected(labels_of({"entity": "host"})), ["entity=host", "entity=host,network=back"]),
+    (Selected(labels_of({"entity": "host", "network": "back"})), ["entity=host,network=back"]),
+    (Selected(labels_of({"network": "back"})), []),
+    (World(), ["world"]),
+])  # fmt: skip
+def test_the_host_and_gateways_are_meant_only_where_they_are_named(peer: Peer, who: list[str]) -> None:
+    """Neither `every endpoint` nor `the world` lets them in."""
+    outsiders = [
+        Outsider("host", {"entity": "host"}, (IPv4Address("10.0.0.1"),)),
+        Outsider("gateway of back", {"entity": "host", "network": "back"}, (IPv4Address("10.1.0.1"),)),
+        Outsider("web", {"app": "web"}, (IPv4Address("10.1.0.9"),)),
+    ]
+    policy = Policy("p", labels_of({"app": "shop"}), ingress=(Rule("r", peers=(peer,)),))
+    shop = {1: Endpoint("shop", {"app": "shop"})}
+    compiled = compile_policies([policy], shop, {1: []}, 1, outsiders)
+    allowed = {each.peer for each in compiled.entries if each.verdict is Verdict.ALLOW and not each.direction}
+    assert sorted(compiled.identity_names[each] for each in allowed) == who
 
 
 def test_too_large_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

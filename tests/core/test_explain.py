@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isolator.core.explain import Explanation, Question, QuestionError, explain
-from isolator.core.model import Direction, Endpoint, Verdict
+from isolator.core.model import Direction, Endpoint, Outsider, Verdict
 from isolator.core.pattern import PathPattern
 from isolator.core.policy import Action, HttpRule, Mode, Policy, PortMatch, Range, Rule, Selected, labels_of
 from tests.core.requests import Ask
@@ -83,7 +83,7 @@ def test_every_rule_is_considered() -> None:
 
 
 WRONG = [
-    (Question("nobody", "api", 80), "no endpoint and no address: 'nobody'; endpoints: api, bare, spy, web"),
+    (Question("nobody", "api", 80), "no endpoint and no address: 'nobody'; there are: api, bare, spy, web"),
     (Question("web", "api", 0), "port 0 is none"),
     (Question("web", "api", 80, "sctp"), "unknown protocol"),
     (Question("web", "api", 80, "udp", "GET"), "HTTP goes over tcp"),
@@ -134,3 +134,11 @@ def test_agrees_with_every_rule_by_itself(made: list[Policy], request_: Ask) -> 
         answer = explain(made, ENDPOINTS, ADDRESSES, question)
         assert answer.allowed is passes
         assert (answer.decision.verdict is Verdict.ALLOW) is passes
+
+
+def test_outsiders_can_be_asked_about() -> None:
+    host = Outsider("host", {"entity": "host"}, (ip_address("192.0.2.7"),))
+    question = Question("host", "api", 22)
+    assert explain(POLICIES, ENDPOINTS, ADDRESSES, question, [host]).halves[0].decision.rule is not None
+    with pytest.raises(QuestionError, match="there are: api, bare, host, spy, web"):
+        explain(POLICIES, ENDPOINTS, ADDRESSES, Question("nobody", "api", 22), [host])

@@ -1,0 +1,122 @@
+"""Who may pass the gate (isolator.datapath.gate): whoever is enforced, whoever is left alone, whoever is no engine's.
+
+    endpoint spliced, or exempt ──▶ its host end ─┐
+    host end at no bridge of the engine's ────────┴▶ admitted        everybody else: closed
+
+Whatever goes wrong here, who is not admitted stays closed, and is looked for again a second later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Protocol
+
+import structlog
+
+from isolator.control.runtime import Runtime, RuntimeAwayError
+from isolator.core.identities import Address
+from isolator.datapath.errors import DatapathError
+from isolator.datapath.gate import HostEnd
+from isolator.worker import Worker
+
+log = structlog.get_logger()
+
+Place = tuple[str, int | str]
+"""A device that leads to a host end: a namespace (empty: the isolator netns), and an ifindex, name or MAC in it."""
+
+
+class Gate(Protocol):
+    """What this needs of isolator.datapath.gate.Gate, which says what each does; all of it blocks."""
+
+    def shut(self) -> None: ...
+    def remove(self) -> None: ...
+    def addresses(self) -> list[Address]: ...
+    def host_ends(self) -> list[HostEnd]: ...
+    def host_end(self, netns: str, which: int | str) -> int: ...
+    def admit(self, wanted: Collection[int]) -> bool: ...
+    def admit_one(self, ifindex: int) -> None: ...
+
+
+class Admission:
+    """`gate` None: endpoints that hang at no engine's bridges, nothing is done. `closed`: new containers are cut off
+    until they are admitted; else there is no gate."""
+
+    def __init__(
+        self, gate: Gate | None, closed: bool, isolator_netns: str, runtime: Runtime, work: Worker
+    ) -> None:
+        self._host, self._isolator_netns = gate, isolator_netns
+        self._gate = gate if closed else None
+        self._runtime, self._work = runtime, work
+        self._ends: dict[Place, int] = {}
+        self._foreign: set[int] = set()
+
+    async def shut(self) -> None:
+        """Before anything else is done. Raises NftablesError."""
+        if self._gate is not None:
+            await self._work(self._gate.shut)
+        elif self._host is not None:
+            await self._work(self._host.remove)
+
+    async def open(self) -> None:
+        """For good: nobody is protected any more."""
+        if self._gate is not None:
+            await self._work(self._gate.remove)
+
+    async def host_addresses(self) -> list[Address]:
+        try:
+            return await self._work(self._host.addresses) if self._host is not None else []
+        except OSError as error:
+            log.error("the host's addresses are not known", error=str(error))
+            return []
+
+    async def admit(self, place: Place) -> None:
+        """At once: its traffic waits for it."""
+        if self._gate is None:
+            return
+        try:
+            if end := await self._find(self._gate, place):
+                await self._work(self._gate.admit_one, end)
+        except (DatapathError, OSError) as error:
+            log.error("not admitted, tried again", place=place, error=str(error))
+
+    async def settle(self, places: Iterable[Place]) -> None:
+        """These, and who is no engine's, are admitted, and nobody else."""
+        if self._gate is None:
+            return
+        try:
+            await self._settle(self._gate, list(places))
+        except (DatapathError, OSError) as error:
+            log.error("the gate stays as it is, tried again", error=str(error))
+
+    async def _settle(self, gate: Gate, places: list[Place]) -> None:
+        self._ends = {place: end for place, end in self._ends.items() if place in places}
+        there = await self._work(gate.host_ends)
+        admitted = {await self._find(gate, place) for place in places} - {0}
+        await self._look_at(there, admitted)
+        if await self._work(gate.admit, admitted | self._foreign):
+            log.warning("somebody had taken the gate away: made anew", admitted=len(admitted | self._foreign))
+
+    async def _find(self, gate: Gate, place: Place) -> int:
+        if place not in self._ends:
+            netns, which = place
+            try:
+                end = await self._work(gate.host_end, netns or self._isolator_netns, which)
+            except (DatapathError, OSError):  # its container is on its way out
+                return 0
+            if end == 0:
+                return 0
+            self._ends[place] = end
+        return self._ends[place]
+
+    async def _look_at(self, there: list[HostEnd], admitted: set[int]) -> None:
+        """Which of the others are no engine's. The engine is asked after the look: whose bridge it did not know by
+        then has been there before it."""
+        self._foreign &= {each.ifindex for each in there}
+        unknown = [each for each in there if each.ifindex not in admitted | self._foreign]
+        if not unknown:
+            return
+        try:
+            bridges = await self._work(self._runtime.bridges)
+        except RuntimeAwayError:
+            return
+        self._foreign |= {each.ifindex for each in unknown if each.bridge not in bridges}
