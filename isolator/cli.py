@@ -353,6 +353,18 @@ def restore(
     raise typer.Exit(1 if any(each["error"] for each in results) else 0)
 
 
+@app.command("oci-runtime")
+def oci_runtime(
+    ctx: typer.Context,
+    runc: Annotated[str, typer.Option(help="The runtime that it goes on with.")] = "runc",
+    socket: Socket = None,
+) -> None:
+    """Print an OCI runtime for the engine: containers started with it wait until they are protected, then run."""
+    from isolator.control.starts import script
+
+    typer.echo(script(socket_path(ctx, socket).parent, runc), nl=False)
+
+
 @app.command()
 def demo(
     as_json: Json = False,

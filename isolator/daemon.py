@@ -39,6 +39,7 @@ from isolator.control.netns_runtime import NetnsRuntime
 from isolator.control.problems import ConfigErrors
 from isolator.control.runtime import Runtime, RuntimeAwayError
 from isolator.control.server import ApiServer, SocketInUseError
+from isolator.control.starts import Starts
 from isolator.core.compile import PolicyTooLarge
 from isolator.core.explain import Explanation, Question, explain
 from isolator.core.inspector import Inspector
@@ -322,7 +323,7 @@ def runtime_of(config: Config) -> Runtime:
         return NetnsRuntime(config.endpoints)
     from isolator.control.docker_runtime import DockerRuntime  # its libraries take 20 MB
 
-    return DockerRuntime(config.engine)
+    return DockerRuntime(config.engine, Starts(config.state_dir, config.start_wait))
 
 
 @contextlib.contextmanager

@@ -83,6 +83,7 @@ class Policy(Protocol):
 
     async def enforce(self) -> None: ...
     async def catch_up(self) -> None: ...
+    async def retire(self) -> None: ...
 
 
 class Gate(Protocol):
@@ -412,6 +413,7 @@ class Endpoints:
 
     async def _admit_all(self) -> None:
         await self._gate.settle(each.place for each in self if each.place is not None)
+        self._runtime.opened({each.name for each in self if each.state in (ENFORCED, EXEMPT, RESTORED)})
 
     # -- transitions ----------------------------------------------------------------------------------------
 
@@ -442,6 +444,7 @@ class Endpoints:
             await self._splice(managed)
         await self._policy.catch_up()
         await self._admit_all()
+        await self._policy.retire()
 
     async def _looked(self, managed: Managed) -> bool:
         try:

@@ -138,6 +138,8 @@ class FakePolicy:
         self.in_force = wanted
         self.written.append(sorted(each.name for each, _ in wanted.values()))
 
+    async def retire(self) -> None: ...
+
     async def catch_up(self) -> None:
         with contextlib.suppress(PolicyTooLarge):
             await self.enforce()
@@ -181,6 +183,9 @@ class FakeRuntime:
 
     def unprotectable(self) -> dict[str, str]:
         return {}
+
+    def opened(self, names: Collection[str]) -> None:
+        self.open = sorted(names)
 
     def __init__(self, *configured: str, there: Collection[str] = ()) -> None:
         self.configured = list(configured)

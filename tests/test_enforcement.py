@@ -39,7 +39,7 @@ spec:
 
 
 class FakeMaps:
-    """Implements enforcement.PolicyMaps. `full`: what a write raises; `late`: what one raises once it is in force."""
+    """Implements enforcement.PolicyMaps. `full`: what a write raises; `late`: what retiring the one before raises."""
 
     def __init__(self) -> None:
         self.generation = 0
@@ -57,10 +57,12 @@ class FakeMaps:
         generation: int,
         entries: Iterable[PolicyEntry],
         identities: Iterable[tuple[tuple[bytes, int], int]],
-    ) -> dict[int, int]:
+    ) -> None:
         if self.full is not None:
             raise self.full
         self.generation, self.ports = generation, {entry.port for entry in entries} - {0}
+
+    def retire(self) -> dict[int, int]:
         if self.late is not None:
             raise self.late
         return {}
@@ -158,7 +160,7 @@ def test_what_fails_behind_the_switch_changes_nothing_about_it(setting: Setting)
         setting.datapath.late = BpfError("membarrier failed", 1)
         return await setting.policy.reload()
 
-    assert setting.play(reload) == [[]]
+    assert setting.play(reload, setting.policy.retire) == [[], None]
     setting.agree(2)
 
 

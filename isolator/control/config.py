@@ -81,6 +81,7 @@ class ConfigModel(Strict):
     protect: Literal["all", "selected"] = "all"
     exclude: list[Labels] = Field(default_factory=list)
     new_containers: Literal["closed", "open"] = "closed"
+    start_wait: Annotated[int, Field(ge=0, le=60)] = 5
     endpoints: list[EndpointModel] = Field(default_factory=list)
 
 
@@ -90,7 +91,8 @@ class Config:
 
     `engine`: the Docker engine's socket. `protect`: every endpoint, or those that a policy selects; `exclude`: none
     that has all of one of these labels. `new_containers`: whether a container of an engine is cut off until it is
-    protected or known to be left alone. `on_exit`: whether SIGTERM leaves the splices (`keep`) or takes them back
+    protected or known to be left alone; `start_wait`: seconds that a start through the OCI runtime waits for that.
+    `on_exit`: whether SIGTERM leaves the splices (`keep`) or takes them back
     (`restore`).
     """
 
@@ -104,6 +106,7 @@ class Config:
     protect: Literal["all", "selected"]
     exclude: tuple[dict[str, str], ...]
     new_containers: Literal["closed", "open"]
+    start_wait: int
     endpoints: tuple[EndpointModel, ...]
 
     @property
@@ -218,6 +221,7 @@ def to_config(model: ConfigModel, path: Path) -> Config:
         model.protect,
         tuple(model.exclude),
         model.new_containers,
+        model.start_wait,
         tuple(model.endpoints),
     )
 

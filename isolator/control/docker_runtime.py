@@ -26,7 +26,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_address, ip_interface
 from pathlib import Path
@@ -38,6 +38,7 @@ import structlog
 from docker.errors import DockerException  # type: ignore[import-untyped]
 
 from isolator.control.runtime import Change, RuntimeAwayError, RuntimeEndpoint, changed
+from isolator.control.starts import Starts, sandbox_of_process
 from isolator.core.identities import Address
 from isolator.core.model import ENTITY, Outsider
 
@@ -230,6 +231,27 @@ def bridge_of(network: Mapping[str, Any]) -> str:
     )
 
 
+def described(
+    listed: Mapping[str, Any], sandbox: Path, network: Callable[[str], Mapping[str, Any]]
+) -> Inspected:
+    """A container that is about to run, as `GET /containers/{id}/json` would describe it."""
+    networks = {}
+    for name in listed["NetworkSettings"]["Networks"]:
+        attachment = (network(name).get("Containers") or {}).get(listed["Id"])
+        if attachment is not None:
+            address, six = (attachment[key].partition("/")[0] for key in ("IPv4Address", "IPv6Address"))
+            mac = attachment["MacAddress"]
+            networks[name] = {"MacAddress": mac, "IPAddress": address, "GlobalIPv6Address": six}
+    return {
+        "Id": listed["Id"],
+        "Name": listed["Names"][0],
+        "Image": listed["ImageID"],
+        "Config": {"Image": listed["Image"], "Labels": listed["Labels"]},
+        "HostConfig": listed["HostConfig"],
+        "NetworkSettings": {"SandboxKey": str(sandbox), "Networks": networks},
+    }
+
+
 # -- what there is -------------------------------------------------------------------------------------------
 
 
@@ -238,11 +260,13 @@ class DockerRuntime:
 
     name = "docker"
 
-    def __init__(self, socket_path: Path) -> None:
+    def __init__(self, socket_path: Path, starts: Starts) -> None:
         self._socket = socket_path
+        self._starts = starts
         self._client: Any = None
         self._known: dict[str, RuntimeEndpoint] = {}
         self._seen: dict[str, tuple[Any, Inspected]] = {}  # by id: how it was listed, and what it is
+        self._owners: dict[str, str] = {}  # the container's id by its endpoint's name
         self._outsiders: tuple[Outsider, ...] = ()
         self._unprotectable: dict[str, str] = {}
 
@@ -276,14 +300,19 @@ class DockerRuntime:
         """Every endpoint by name. Blocks; raises RuntimeAwayError."""
         with self._asking() as engine:
             containers = self._running(engine)
-            found = [endpoint for container in containers for endpoint in endpoints_of(container)]
+            containers += self._starting(engine, {each["Id"] for each in containers})
+            by_id = {each["Id"]: endpoints_of(each) for each in containers}
+            found = [endpoint for its in by_id.values() for endpoint in its]
             others = gateways(containers)
             if any("com.docker.swarm.service.id" in (each["Config"]["Labels"] or {}) for each in containers):
                 found += self._swarm_endpoints(engine, containers)
                 others += self._services(engine)
         self._outsiders = tuple(others)
         self._report({name_of(each): reason for each in containers if (reason := unprotectable(each))})
-        return named(found, self._known)
+        by_name = named(found, self._known)
+        owners = {place_of(each): container for container, its in by_id.items() for each in its}
+        self._owners = {name: owners.get(place_of(each), "") for name, each in by_name.items()}
+        return by_name
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[Any]:
@@ -322,6 +351,24 @@ class DockerRuntime:
         self._seen = seen
         return [container for _, container in seen.values()]
 
+    def _starting(self, engine: Any, running: set[str]) -> list[Inspected]:
+        """Those whose start waits for us. The engine does not describe one before it runs: it is put together from
+        how it is listed and from its networks."""
+        self._starts.forget(running)
+        found = []
+        for container, pid in list(self._starts.waiting.items()):
+            listed = engine.containers(all=True, filters={"id": container})
+            sandbox = sandbox_of_process(pid)
+            if listed and sandbox is not None:
+                found.append(described(listed[0], sandbox, engine.inspect_network))
+        return found
+
+    def opened(self, names: Collection[str]) -> None:
+        for container in list(self._starts.waiting):
+            its = {name for name, owner in self._owners.items() if owner == container}
+            if its and its <= set(names):
+                self._starts.answer(container)
+
     def _swarm_endpoints(self, engine: Any, containers: Sequence[Inspected]) -> list[RuntimeEndpoint]:
         try:
             return gateway_endpoints(engine.inspect_network(GWBRIDGE), containers)
@@ -355,13 +402,18 @@ class DockerRuntime:
                     yield change
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(told.wait(), RECONCILE_SECONDS)
-                    await asyncio.sleep(SETTLE_SECONDS)
+                    if not self._starts.unanswered:
+                        await asyncio.sleep(SETTLE_SECONDS)
                 told.clear()
 
     @contextlib.contextmanager
     def _listening(self, told: asyncio.Event) -> Iterator[None]:
         """Sets `told` with each event, from a thread that outlives the engine's restarts."""
         loop, ended = asyncio.get_running_loop(), threading.Event()
+
+        def asked() -> None:
+            if self._starts.read():
+                told.set()
 
         def listen() -> None:
             while not ended.is_set():
@@ -375,10 +427,13 @@ class DockerRuntime:
                     ended.wait(AGAIN_SECONDS)  # the reconciliation goes on, and says what is wrong
 
         threading.Thread(target=listen, daemon=True, name="docker events").start()
-        try:
-            yield
-        finally:
-            ended.set()
+        with self._starts.listening() as fd:
+            loop.add_reader(fd, asked)
+            try:
+                yield
+            finally:
+                loop.remove_reader(fd)
+                ended.set()
 
 
 def check_version(told: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -94,6 +94,9 @@ class NetnsRuntime:
 
     def unprotectable(self) -> dict[str, str]:
         return {}
+
+    def opened(self, names: Collection[str]) -> None:
+        """Nobody waits."""
 
     def missing(self) -> list[RuntimeEndpoint]:
         return [endpoint for endpoint in self._configured if endpoint.name not in self._known]

@@ -5,7 +5,7 @@ A runtime finds endpoints and follows their coming and going. It decides nothing
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -93,6 +93,10 @@ class Runtime(Protocol):
 
     def unprotectable(self) -> dict[str, str]:
         """Containers without an interface of their own, and why that is, as of the last look."""
+        ...
+
+    def opened(self, names: Collection[str]) -> None:
+        """These endpoints, and no others, have their way open: whoever waits for one need not wait any longer."""
         ...
 
     def missing(self) -> list[RuntimeEndpoint]:

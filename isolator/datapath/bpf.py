@@ -100,6 +100,7 @@ class Datapath:
             self._addresses.setdefault(_endpoint_of(key), set()).add(key[4:])
         self._delete_generations({self.generation}, inside=False)  # of a process that died while it wrote
         self._last_generation = self.generation
+        self._retired = True
 
     @classmethod
     def open(cls, pins: Path, objects: Path = OBJECTS) -> Self:
@@ -227,12 +228,12 @@ class Datapath:
         generation: int,
         entries: Iterable[PolicyEntry],
         identities: Iterable[tuple[Prefix | IPv4Network | IPv6Network, int]],
-    ) -> dict[int, int]:
-        """Put a policy in force, in one step, and take the older ones away.
+    ) -> None:
+        """Put a policy in force, in one step. The one before stays in the maps until `retire`.
 
-        Returns how many flows each rule of those decided. Raises BpfError when a map is full: the policy that
-        was in force still is, as `generation` says. (Where the older ones cannot be deleted, the new one is.)
+        Raises BpfError when a map is full: the policy that was in force still is, as `generation` says.
         """
+        self.retire()  # the maps have room for two
         try:
             self.maps["identities"].update_many(
                 (identity_key(generation, *_prefix(network)), _number(identity))
@@ -243,8 +244,19 @@ class Datapath:
             self._delete_generations({generation}, inside=True)
             raise
         self.control.generation = generation
+        self._retired = False
+
+    def retire(self) -> dict[int, int]:
+        """Take the policies away that are no longer in force. Returns how many flows each of their rules decided.
+
+        Blocks for some 15 ms after a change: whoever began to look something up by the old one ends first.
+        """
+        if self._retired:
+            return {}
         wait_for_readers()
-        return self._delete_generations({generation}, inside=False)
+        hits = self._delete_generations({self.generation}, inside=False)
+        self._retired = True
+        return hits
 
     def _delete_generations(self, generations: set[int], inside: bool) -> dict[int, int]:
         hits: dict[int, int] = {}

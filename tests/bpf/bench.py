@@ -176,7 +176,8 @@ class Bench:
         self._counted = self._drops()
 
     def policy(self, entries: Iterable[Entry]) -> dict[int, int]:
-        return self.datapath.write_policy(self.datapath.next_generation(), entries, IDENTITIES)
+        self.datapath.write_policy(self.datapath.next_generation(), entries, IDENTITIES)
+        return self.datapath.retire()
 
     def agent(self, up: bool) -> None:
         self.datapath.control.heartbeat = time.monotonic_ns()

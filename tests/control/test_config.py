@@ -190,7 +190,8 @@ on_exit:
         "isolator.yaml:1:1: 'state_dir' is missing in the document: add it",
         "isolator.yaml:1:17: 'runtime.kind' cannot be 'podman': write one of netns, docker",
         "isolator.yaml:2:1: unknown key 'state_dirs' in the document: did you mean 'state_dir'? "
-        "Known here: datapath, endpoints, exclude, new_containers, on_exit, policies, protect, runtime, state_dir",
+        "Known here: datapath, endpoints, exclude, new_containers, on_exit, policies, protect, runtime, start_wait, "
+        "state_dir",
         "isolator.yaml:3:12: nope: there is no such file or folder: correct the path or make it",
         "isolator.yaml:3:30: empty: the folder holds no .yaml or .yml file: "
         "put a policy there, or remove it from the list",

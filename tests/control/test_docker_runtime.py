@@ -23,6 +23,7 @@ from isolator.control.docker_runtime import (
     unprotectable,
 )
 from isolator.control.runtime import RuntimeAwayError
+from isolator.control.starts import Starts
 from isolator.core.model import Outsider
 
 WEB: dict[str, Any] = {
@@ -188,4 +189,4 @@ def test_one_mac_on_two_networks_is_two_endpoints() -> None:
 
 def test_an_engine_that_is_away_is_said_to_be(tmp_path: Path) -> None:
     with pytest.raises(RuntimeAwayError, match=r"none.sock: start it, or correct runtime.socket"):
-        DockerRuntime(tmp_path / "none.sock").endpoints()
+        DockerRuntime(tmp_path / "none.sock", Starts(tmp_path, 1)).endpoints()

@@ -279,6 +279,7 @@ def test_what_a_crash_left_of_a_policy_never_comes_into_force(folder: Path) -> N
     with Datapath.open(folder) as second:
         generation = second.next_generation()
         second.write_policy(generation, [Entry(3)], [((A, 128), 1)])
+        second.retire()
         assert second.rule_hits() == {3: 0}
         assert len(list(second.maps["policy"].keys())) == len(list(second.maps["identities"].keys())) == 1
 
@@ -291,13 +292,20 @@ def test_no_generation_is_used_twice(datapath: Datapath) -> None:
 
 def test_policy_replaces_policy(datapath: Datapath) -> None:
     identities = [((A, 128), 1), (ip_network("10.0.0.0/8"), 2), (ip_network("::/0"), 3)]
-    assert datapath.write_policy(1, [Entry(1), Entry(2, port=81)], identities) == {}
+    datapath.write_policy(1, [Entry(1), Entry(2, port=81)], identities)
+    assert datapath.retire() == {}
     assert datapath.generation == 1 and len(list(datapath.maps["identities"].items())) == 3
     for key, value in list(datapath.maps["policy"].items()):
         datapath.maps["policy"].update(key, value[:-8] + struct.pack("=Q", 5))
     assert datapath.rule_hits() == {1: 5, 2: 5}
-    assert datapath.write_policy(2, [Entry(9)], identities) == {1: 5, 2: 5}
+    datapath.write_policy(2, [Entry(9)], identities)
+    assert datapath.generation == 2 and len(list(datapath.maps["policy"].keys())) == 3
+    assert datapath.retire() == {1: 5, 2: 5} and datapath.retire() == {}
     assert datapath.rule_hits() == {9: 0}
+    for generation in (3, 4):  # there are never more than two
+        datapath.write_policy(generation, [Entry(9)], identities)
+        assert len(list(datapath.maps["policy"].keys())) == 2
+    datapath.retire()
     assert len(list(datapath.maps["identities"].items())) == 3
 
 
@@ -305,7 +313,8 @@ def test_many_entries(datapath: Datapath) -> None:
     entries = [Entry(number, port=1 + number % 60000, peer=number) for number in range(10000)]
     identities = [((b"\xfd" + bytes(11) + struct.pack("!I", number), 128), number) for number in range(10000)]
     datapath.write_policy(1, entries, identities)
-    hits = datapath.write_policy(2, [], [])
+    datapath.write_policy(2, [], [])
+    hits = datapath.retire()
     assert len(hits) == 10000
     assert not list(datapath.maps["policy"].keys()) and not list(datapath.maps["identities"].keys())
 

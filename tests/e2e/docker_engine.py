@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,17 @@ import docker  # type: ignore[import-untyped]
 from isolator.lab import wait_for
 
 IMAGE = "isolator-test:1"
-APPLETS = ("sh", "sleep", "httpd", "ip")
+APPLETS = ("sh", "sleep", "httpd", "ip", "nc", "tftp", "timeout")
 
 
 @dataclass
 class Engine:
-    """`netns`: where the engine's bridges are. A context manager that leaves nothing behind."""
+    """`netns`: where the engine's bridges are; `runtimes`: OCI runtimes beside runc. A context manager that leaves
+    nothing behind."""
 
     root: Path
     netns: str
+    runtimes: dict[str, Path] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     client: Any = None
 
@@ -55,6 +57,9 @@ class Engine:
             "--pidfile": "d.pid",
         }  # fmt: skip
         words = [word for key, name in arguments.items() for word in (key, str(self.root / name))]
+        words += [
+            word for name, path in self.runtimes.items() for word in ("--add-runtime", f"{name}={path}")
+        ]
         with (self.root / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 ["nsenter", f"--net=/run/netns/{self.netns}", "dockerd", "-H", f"unix://{self.socket}",
