@@ -1,9 +1,9 @@
 """Starts that wait: an OCI runtime that asks the agent before a container's first instruction, and then is runc.
 
-    engine ─ create ─▶ runc: namespaces, network          the container is there, and runs nothing yet
-           ─ start  ─▶ isolator-runc ─ "ID PID" ─▶ FOLDER/asked (a FIFO) ─▶ agent: splice, admit
-                          ◀── FOLDER/ID appears, or FOLDER/wait seconds are over ──┘
-                       exec runc: the first instruction
+    engine ─ create ─▶ runc: namespaces, network; the container is there, and runs nothing yet
+                       "ID PID" ─▶ FOLDER/asked (a FIFO) ─▶ agent: splice, admit
+           ─ start  ─▶ FOLDER/ID is there, or FOLDER/wait seconds are over ◀──┘
+                       runc: the first instruction
 
 Without it a container runs at once, closed (isolator.datapath.gate) until it is spliced some 50 ms later: its first
 SYN is lost then, and the second comes after a second. With it the first one passes. Nothing depends on it: where no
@@ -31,24 +31,30 @@ SCRIPT = """\
 # The OCI runtime of containers that start protected: waits for Isolator, then is {runc}. By `isolator oci-runtime`.
 starts={starts}
 for id; do :; done # the last word
-case " $* " in
-*" start "*)
-  if [ -p "$starts/asked" ]; then
+ask() {{ echo "$id $(cat init.pid)" >&3; }} # the engine's shim stands in the container's folder
+if [ -p "$starts/asked" ]; then
+  exec 3<>"$starts/asked" # both ways: it must not block where nobody reads
+  case " $* " in
+  *" create "*)
+    rm -f "$starts/$id"
+    {runc} "$@" 3>&- || exit
+    ask # early: until the engine says start, most of it is done
+    exit 0
+    ;;
+  *" start "*)
     wait=5
     read -r wait <"$starts/wait"
-    rm -f "$starts/$id"
-    exec 3<>"$starts/asked" # both ways: it must not block where nobody reads
     tries=0
     while [ ! -e "$starts/$id" ] && [ "$tries" -lt $((wait * 200)) ]; do
-      [ $((tries % 200)) = 0 ] && echo "$id $(cat init.pid)" >&3 # again each second: an agent may have been restarted
+      [ $((tries % 200)) = 0 ] && ask # again each second: an agent may have been restarted
       tries=$((tries + 1))
       sleep 0.004
     done
-    exec 3>&-
     rm -f "$starts/$id"
-  fi
-  ;;
-esac
+    ;;
+  esac
+  exec 3>&-
+fi
 exec {runc} "$@"
 """
 
