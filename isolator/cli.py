@@ -243,10 +243,17 @@ def policy_text(shown: dict[str, Any]) -> str:
 
     from ruamel.yaml import YAML
 
+    from isolator.control import render
+
     writer, text = YAML(), StringIO()
     writer.indent(mapping=2, sequence=4, offset=2)
     writer.dump(shown["document"], text)
-    return f"# {shown['file']}, selects {', '.join(shown['endpoints']) or 'no endpoint'}\n{text.getvalue()}"
+    head = [
+        f"{shown['file']}, selects {', '.join(shown['endpoints']) or 'no endpoint'}",
+        *shown["problems"],
+    ]
+    lines = [*(f"# {line}" for line in head), *text.getvalue().removesuffix("\n").split("\n")]
+    return "".join(f"{render.printable(line)}\n" for line in lines)
 
 
 @policy.command("schema")

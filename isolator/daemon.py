@@ -33,10 +33,10 @@ from isolator.control.agent_view import (
     RestoreResult,
 )
 from isolator.control.api import create_app
-from isolator.control.config import Config, load
+from isolator.control.config import Config, PolicySource, load
 from isolator.control.flowlog import FlowLog, FlowVerdict
 from isolator.control.netns_runtime import NetnsRuntime
-from isolator.control.problems import ConfigErrors
+from isolator.control.problems import ConfigErrors, errors_in
 from isolator.control.runtime import Runtime, RuntimeAwayError
 from isolator.control.server import ApiServer, SocketInUseError
 from isolator.control.starts import Starts
@@ -52,7 +52,7 @@ from isolator.datapath.node import Names, Node
 from isolator.datapath.preflight import preflight
 from isolator.datapath.splice import EndpointGoneError, Splicer
 from isolator.endpoints import Endpoints, Managed, mistakes
-from isolator.enforcement import Enforcement, selects
+from isolator.enforcement import Enforcement
 from isolator.records import Recorder
 from isolator.roster import Roster
 from isolator.worker import Worker
@@ -270,6 +270,7 @@ class Agent:
 
     def _endpoint_status(self, managed: Managed) -> EndpointStatus:
         configured = managed.configured
+        selecting = self._policy.selecting(configured.labels)
         return EndpointStatus(
             name=configured.name,
             state=managed.state,
@@ -277,25 +278,30 @@ class Agent:
             netns=str(configured.netns),
             interface=configured.interface,
             addresses=[str(address) for address in managed.addresses],
-            policies=[s.policy.name for s in self._policy.sources if selects(s, configured.labels)],
-            detail=managed.detail,
+            policies=[source.policy.name for source in selecting],
+            detail=managed.detail or closed_by_labels(selecting),
         )
 
     def policies(self) -> list[PolicyStatus]:
+        selected: dict[str, list[str]] = {}
+        for endpoint in self._roster.endpoints.values():
+            for source in self._policy.selecting(endpoint.labels):
+                selected.setdefault(source.policy.name, []).append(endpoint.name)
         return [
             PolicyStatus(
                 name=source.policy.name,
                 file=source.file,
                 mode=source.policy.mode,
                 failure=source.policy.failure,
-                endpoints=[e.name for e in self._roster.endpoints.values() if selects(source, e.labels)],
+                endpoints=selected.get(source.policy.name, []),
                 document=source.document,
+                problems=[str(problem) for problem in source.problems],
             )
-            for source in self._policy.sources
+            for source in self._policy.in_force
         ]
 
     def explain(self, question: Question) -> Explanation:
-        policies = [source.policy for source in self._policy.sources]
+        policies = [source.policy for source in self._policy.in_force]
         return explain(
             policies, self._roster.endpoints, self._roster.addresses, question, self._roster.outsiders
         )
@@ -313,6 +319,15 @@ class Agent:
         yield Metric(
             "inspected_flows", "Connections that Python knows.", "gauge", [({}, len(self._inspector.flows))]
         )
+
+
+def closed_by_labels(selecting: Iterable[PolicySource]) -> str | None:
+    """Why an endpoint lets nothing in or out, where its labels are wrong."""
+    errors = [error for source in selecting for error in errors_in(source.problems)]
+    if not errors:
+        return None
+    more = f" (and {len(errors) - 1} more: isolator policy show)" if len(errors) > 1 else ""
+    return f"closed: {errors[0]}{more}"
 
 
 # -- parts -------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Policy: read from its files, compiled, put in force; read again when they change.
 
-    files ─ load ─▶ sources ─┐
-                             ├─ compile ─▶ Python knows it ─▶ the kernel switches ─▶ Python forgets the one before
-    endpoints ─────▶ roster ─┘
+    files ─ load ─▶ sources ─┐        ┌─ label policies ─┐
+                             ├─ Known ┤                  ├─ compile ─▶ Python knows it ─▶ the kernel switches
+    endpoints ─────▶ roster ─┘        └──────────────────┘                             ─▶ Python forgets the one before
 
 Reading, compiling and writing run in the worker. Whatever fails on the way, the policy that was in force stays: the
 kernel switches by one store, and only to a generation that is written whole.
@@ -21,11 +21,13 @@ from typing import Protocol
 import structlog
 
 from isolator.control.config import Config, Loaded, PolicySource, load
-from isolator.control.problems import ConfigErrors
+from isolator.control.label_policy import asks_for_policy, label_policies, own_labels
+from isolator.control.problems import ConfigErrors, errors_in
 from isolator.core.compile import Compiled, PolicyEntry, compile_policies
 from isolator.core.identities import Address
 from isolator.core.inspector import Inspector
 from isolator.core.model import Direction, Endpoint, Outsider
+from isolator.core.policy import LabelSet
 from isolator.records import Recorder
 from isolator.roster import Roster
 from isolator.worker import Worker
@@ -61,7 +63,7 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """All that a policy in the kernel is made of."""
+    """All that a policy in the kernel is made of. `sources`: the files'; the endpoints' labels carry more."""
 
     sources: tuple[PolicySource, ...]
     endpoints: dict[int, Endpoint]
@@ -70,8 +72,8 @@ class Known:
 
 
 class Enforcement:
-    """`config` and `sources` are those in force. `errors`: what the last reload found wrong. `trouble`: why the
-    policy in force is older than what is known, or None."""
+    """`config` and `sources`, the files' policies, are those in force. `errors`: what the last reload found wrong.
+    `trouble`: why the policy in force is older than what is known, or None."""
 
     def __init__(
         self,
@@ -90,6 +92,10 @@ class Enforcement:
         self._kernel, self._roster, self._work = kernel, roster, work
         self._inspector, self._recorder = inspector, recorder
         self._in_force: Known | None = None
+        self._labelled: dict[LabelSet, PolicySource] = {}  # in force
+        self._read: dict[
+            LabelSet, PolicySource
+        ] = {}  # the last that were read: nothing is parsed or told twice
         self._refused: tuple[Known, float] | None = None  # and since when
         self._stamps = stamps(path, loaded.config)
 
@@ -131,9 +137,10 @@ class Enforcement:
 
     async def _put_in_force(self, known: Known) -> None:
         maps = self._kernel.datapath
+        labelled = await self._read_labels(known)
         compiled = await self._work(
             compile_policies,
-            [source.policy for source in known.sources],
+            [source.policy for source in (*known.sources, *labelled.values())],
             known.endpoints,
             known.addresses,
             maps.next_generation(),
@@ -147,6 +154,30 @@ class Enforcement:
             raise
         self._inspector.policy_in_force(compiled.generation)
         self._recorder.rules = compiled.rules
+        self._labelled = labelled
+
+    async def _read_labels(self, known: Known) -> dict[LabelSet, PolicySource]:
+        before = self._read
+        self._read = await self._work(label_policies, list(known.endpoints.values()), before)
+        for own in self._read.keys() - before.keys():
+            for problem in errors_in(self._read[own].problems):
+                log.error("closed by its labels", error=str(problem))
+        return self._read
+
+    # -- what is in force -----------------------------------------------------------------------------------
+
+    @property
+    def in_force(self) -> tuple[PolicySource, ...]:
+        """Of files and of labels."""
+        return *self.sources, *self._labelled.values()
+
+    def selecting(self, labels: Mapping[str, str]) -> list[PolicySource]:
+        """The policies in force that select an endpoint with these labels."""
+        labelled = self._labelled.get(own_labels(labels))
+        return [
+            *(source for source in self.sources if selects(source, labels)),
+            *([labelled] if labelled is not None else []),
+        ]
 
     # -- whom it is for -------------------------------------------------------------------------------------
 
@@ -154,9 +185,12 @@ class Enforcement:
         """Why an endpoint with these labels is left alone; None: it is to be protected."""
         if any(each.items() <= labels.items() for each in self.config.exclude):
             return "the config excludes it"
-        if self.config.protect == "selected" and not any(selects(each, labels) for each in self.sources):
+        if self.config.protect == "selected" and not self._claims(labels):
             return "no policy selects it"
         return None
+
+    def _claims(self, labels: Mapping[str, str]) -> bool:
+        return asks_for_policy(labels) or any(selects(each, labels) for each in self.sources)
 
     @property
     def _generation(self) -> int:

@@ -63,7 +63,8 @@ class AgentStatus:
 
 @dataclass(frozen=True, slots=True)
 class PolicyStatus:
-    """A policy in force. `file`: where it was read; `endpoints`: those it selects; `document`: as written."""
+    """A policy in force. `file`: where it was read; `endpoints`: those it selects; `document`: as written;
+    `problems`: of the labels that it was read from, one line each. With an error among them it closes its container."""
 
     name: str
     file: str
@@ -71,6 +72,7 @@ class PolicyStatus:
     failure: str
     endpoints: list[str]
     document: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,11 +117,13 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class PolicySource:
-    """A policy, and the document it was read from. `file` as it is named in messages."""
+    """A policy, and the document it was read from. `file` as it is named in messages. `problems`: what is wrong with
+    the labels that it is made of; a file with errors makes none."""
 
     policy: Policy
     file: str
     document: dict[str, Any] = field(hash=False)
+    problems: tuple[Problem, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

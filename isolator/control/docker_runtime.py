@@ -37,7 +37,15 @@ import requests
 import structlog
 from docker.errors import DockerException  # type: ignore[import-untyped]
 
-from isolator.control.runtime import Change, RuntimeAwayError, RuntimeEndpoint, changed
+from isolator.control.runtime import (
+    EXCLUDE,
+    UNTOLD,
+    Change,
+    RuntimeAwayError,
+    RuntimeEndpoint,
+    changed,
+    is_own,
+)
 from isolator.control.starts import Starts, sandbox_of_process
 from isolator.core.identities import Address
 from isolator.core.model import ENTITY, Outsider
@@ -50,9 +58,6 @@ OLDEST_API = (1, 41)  # Docker 20.10
 GWBRIDGE = "docker_gwbridge"  # Swarm's bridge for the way out
 INGRESS_SANDBOX = "ingress_sbox"  # and the mesh's own namespace
 PEERCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
-
-EXCLUDE = "isolator.exclude"
-"""A container with this label, `true`, is left alone."""
 
 KNOWN = {
     "compose.project": "com.docker.compose.project",
@@ -244,12 +249,36 @@ def described(
             networks[name] = {"MacAddress": mac, "IPAddress": address, "GlobalIPv6Address": six}
     return {
         "Id": listed["Id"],
-        "Name": listed["Names"][0],
+        "Name": min(listed["Names"], key=lambda name: name.count("/")),  # others are links' aliases
         "Image": listed["ImageID"],
         "Config": {"Image": listed["Image"], "Labels": listed["Labels"]},
         "HostConfig": listed["HostConfig"],
         "NetworkSettings": {"SandboxKey": str(sandbox), "Networks": networks},
     }
+
+
+# -- whose labels they are -----------------------------------------------------------------------------------
+
+
+def own_labels(container: Inspected) -> dict[str, str]:
+    """Its labels that are policy, or exclude it. The engine has put those of its image among them."""
+    return {key: value for key, value in (container["Config"]["Labels"] or {}).items() if is_own(key)}
+
+
+def without_image_labels(container: Inspected, image: Mapping[str, str] | None) -> Inspected:
+    """The container without what its image carries of those: whoever makes an image decides about no policy.
+
+    `image`: the image's labels. None: the engine does not know it any more. Then the container is not excluded, and
+    its policy cannot be told from the image's: it is closed (`label_policy`)."""
+    labels, own = dict(container["Config"]["Labels"]), own_labels(container)
+    for key, value in own.items():
+        if key == EXCLUDE if image is None else image.get(key) == value:
+            del labels[key]
+    if image is None and own.keys() - {EXCLUDE}:
+        labels[UNTOLD] = (
+            "its image is gone, so that nobody can tell its labels from the image's: make it anew"
+        )
+    return {**container, "Config": {**container["Config"], "Labels": labels}}
 
 
 # -- what there is -------------------------------------------------------------------------------------------
@@ -283,6 +312,7 @@ class DockerRuntime:
     def bridges(self) -> set[str]:
         with self._asking() as engine:
             return {bridge_of(each) for each in engine.networks() if each["Driver"] == "bridge"} | {GWBRIDGE}
+        self._image_labels: dict[str, dict[str, str]] = {}
 
     def configure(self, configured: Sequence[Any]) -> set[str]:
         """Nothing is configured: the engine says what there is."""
@@ -340,7 +370,7 @@ class DockerRuntime:
             before, container = self._seen.get(listed["Id"], (None, None))
             if look != before:
                 try:
-                    container = engine.inspect_container(listed["Id"])
+                    container = self._vetted(engine, engine.inspect_container(listed["Id"]))
                 except docker.errors.NotFound:  # gone meanwhile
                     continue
                 except requests.ReadTimeout:  # it hangs in its start or stop: as it was, and asked again
@@ -360,7 +390,7 @@ class DockerRuntime:
             listed = engine.containers(all=True, filters={"id": container})
             sandbox = sandbox_of_process(pid)
             if listed and sandbox is not None:
-                found.append(described(listed[0], sandbox, engine.inspect_network))
+                found.append(self._vetted(engine, described(listed[0], sandbox, engine.inspect_network)))
         return found
 
     def opened(self, names: Collection[str]) -> None:
@@ -368,6 +398,28 @@ class DockerRuntime:
             its = {name for name, owner in self._owners.items() if owner == container}
             if its and its <= set(names):
                 self._starts.answer(container)
+
+    def _vetted(self, engine: Any, container: Inspected) -> Inspected:
+        """`without_image_labels`; the image is asked for where it matters, and once."""
+        if not (own := own_labels(container)):
+            return container
+        vetted = without_image_labels(container, self._labels_of_image(engine, container["Image"]))
+        dropped = own.keys() - own_labels(vetted).keys()
+        if dropped and container["Id"] not in self._seen:
+            log.warning(
+                "labels of its image do not count", container=name_of(container), labels=sorted(dropped)
+            )
+        return vetted
+
+    def _labels_of_image(self, engine: Any, image: str) -> dict[str, str] | None:
+        """None: the engine does not know it any more."""
+        if image not in self._image_labels:
+            try:
+                config = engine.inspect_image(image).get("Config") or {}
+            except docker.errors.NotFound:
+                return None
+            self._image_labels[image] = config.get("Labels") or {}
+        return self._image_labels[image]
 
     def _swarm_endpoints(self, engine: Any, containers: Sequence[Inspected]) -> list[RuntimeEndpoint]:
         try:

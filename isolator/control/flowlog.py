@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from isolator.control.runtime import is_own
 from isolator.core.model import Direction, DropReason, RuleRef
 
 RECORDS_MAX = 4096
@@ -48,7 +49,8 @@ class DecidedBy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One end of a flow. `endpoint` and `labels` are None for an address that is no endpoint's."""
+    """One end of a flow. `endpoint` and `labels` are None for an address that is no endpoint's. As JSON without the
+    labels that are policy."""
 
     ip: str
     port: int | None = None
@@ -58,7 +60,7 @@ class Peer:
     def as_json(self) -> dict[str, Any]:
         return {
             "endpoint": self.endpoint,
-            "labels": self.labels if self.labels is not None else {},
+            "labels": {key: value for key, value in (self.labels or {}).items() if not is_own(key)},
             "ip": self.ip,
             "port": self.port,
         }

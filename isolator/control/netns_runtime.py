@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from isolator.control.runtime import Change, RuntimeEndpoint, changed
+from isolator.control.runtime import Change, RuntimeEndpoint, changed, is_own
 from isolator.core.model import Outsider
 
 NETNS_FOLDER = Path("/run/netns")
@@ -72,7 +72,7 @@ class NetnsRuntime:
     def configure(self, configured: Sequence[NetnsEndpointConfig]) -> set[str]:
         before = {endpoint.name for endpoint in self._configured}
         self._configured = tuple(
-            RuntimeEndpoint(each.name, self._folder / each.netns, each.interface, dict(each.labels))
+            RuntimeEndpoint(each.name, self._folder / each.netns, each.interface, labels_of(each))
             for each in configured
         )
         return before - {endpoint.name for endpoint in self._configured}
@@ -118,6 +118,12 @@ class NetnsRuntime:
             for change in self.poll():
                 yield change
             await asyncio.sleep(self._poll_seconds)
+
+
+def labels_of(configured: NetnsEndpointConfig) -> dict[str, str]:
+    """Where some of them are policy, its endpoint is known by its name."""
+    labels = dict(configured.labels)
+    return {**labels, "name": configured.name} if any(map(is_own, labels)) else labels
 
 
 def present(endpoints: Iterable[RuntimeEndpoint]) -> dict[str, Seen]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from isolator.control.runtime import is_own
+
 COLOURS = {
     "enforced": "green",
     "pending": "yellow",
@@ -65,7 +67,8 @@ def rich_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def labels(given: dict[str, str]) -> str:
-    return ",".join(f"{key}={value}" for key, value in sorted(given.items()))
+    """Without those that are policy: `isolator policy show` has them."""
+    return ",".join(f"{key}={value}" for key, value in sorted(given.items()) if not is_own(key))
 
 
 def endpoint_rows(endpoints: Iterable[dict[str, Any]]) -> Iterator[list[str]]:

@@ -14,6 +14,20 @@ from typing import Any, Protocol
 from isolator.core.identities import Address
 from isolator.core.model import Outsider
 
+OWN = "isolator."
+"""Labels that begin so are ours: policy (`label_policy`), nothing to choose endpoints by."""
+
+EXCLUDE = OWN + "exclude"
+"""A container with this label, `true`, is left alone."""
+
+UNTOLD = OWN + "untold"
+"""A runtime's own: nobody can tell who wrote the others of ours; its value says why, and what to do."""
+
+
+def is_own(label: str) -> bool:
+    """In any case, so that a slip is told and not passed over."""
+    return label.lower().startswith(OWN)
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeEndpoint:

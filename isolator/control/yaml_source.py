@@ -79,23 +79,27 @@ def unreadable(error: OSError) -> str:
     return f"cannot be read ({error.strerror}): check its kind and permissions"
 
 
-def parse_documents(data: bytes, file: str) -> tuple[list[Document], list[Problem]]:
+def parse_documents(
+    data: bytes, file: str, nodes_max: int = NODES_MAX
+) -> tuple[list[Document], list[Problem]]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         good = data[: error.start]
         line, column = good.count(b"\n") + 1, len(good) - (good.rfind(b"\n") + 1) + 1
-        return [], [Problem(file, line, column, "this is not UTF-8: save the file as UTF-8")]
+        return [], [Problem(file, line, column, "this is not UTF-8: save it as UTF-8")]
     try:
         nodes = list(YAML(typ="safe", pure=True).compose_all(text))
     except YAMLError as error:
         return [], [syntax_problem(error, text, file)]
+    except ValueError as error:  # a %YAML directive's number
+        return [], [Problem(file, 1, 1, f"this is not YAML ({error}): check its first lines")]
     except RecursionError:
         return [], [Problem(file, 1, 1, f"more than {DEPTH_MAX} values inside each other: it is too deep")]
-    documents = [Builder(file).build(node) for node in nodes if not is_nothing(node)]
+    documents = [Builder(file, nodes_max).build(node) for node in nodes if not is_nothing(node)]
     problems = [problem for document in documents for problem in document.problems]
     if not documents:
-        problems.append(Problem(file, 1, 1, "the file is empty: write a document into it, or remove it"))
+        problems.append(Problem(file, 1, 1, "nothing in it: write a document, or remove it"))
     return documents, problems
 
 
@@ -125,8 +129,9 @@ def syntax_problem(error: YAMLError, text: str, file: str) -> Problem:
 class Builder:
     """Nodes to a Document."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, nodes_max: int) -> None:
         self._document = Document(file)
+        self._nodes_max = nodes_max
         self._nodes = 0
 
     def build(self, node: Node) -> Document:
@@ -140,8 +145,8 @@ class Builder:
     def _value(self, node: Node, path: Path_) -> Any:
         self._document.values[path] = mark_of(node)
         self._nodes += 1
-        if len(path) > DEPTH_MAX or self._nodes > NODES_MAX:
-            if self._nodes <= NODES_MAX + 1:
+        if len(path) > DEPTH_MAX or self._nodes > self._nodes_max:
+            if self._nodes <= self._nodes_max + 1:
                 self._complain(path, node, "too deep or too large, through aliases perhaps: write it out")
             self._document.broken.add(path)
             return None
@@ -182,8 +187,8 @@ class Builder:
                 return int(text) if len(text) < 20 else text
             case "int" if PREFIXED.fullmatch(text):
                 return int(text, 0) if len(text) < 20 else text
-            case "float" if "_" not in text:
-                return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+            case "float" if (number := number_of(text)) is not None:
+                return number
             case "str" | "int" | "float" | "timestamp":
                 return text
         self._complain(path, node, f"the tag {node.tag} is not supported: remove it")
@@ -197,6 +202,14 @@ class Builder:
             self._document.broken.add(path)
         else:
             self._complain(path, node, "an empty value: write one, or remove it")
+
+
+def number_of(text: str) -> float | None:
+    """None: it only says that it is one, by its tag."""
+    try:
+        return None if "_" in text else float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    except ValueError:
+        return None
 
 
 def mark_of(node: Node) -> Mark:

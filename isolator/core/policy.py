@@ -291,7 +291,7 @@ class Policy:
         return self.ingress if direction is Direction.INGRESS else self.egress
 
     def selects(self, labels: Mapping[str, str], direction: Direction) -> bool:
-        return self.rules(direction) is not None and self.select <= labels_of(labels)
+        return self.rules(direction) is not None and labels.items() >= self.select
 
     def networks(self) -> Iterable[Network]:
         """Every network that a rule names."""

@@ -219,7 +219,7 @@ on_exit:
 
 
 CONFIG_ERRORS = [
-    ("", "1:1: the file is empty: write a document into it, or remove it"),
+    ("", "1:1: nothing in it: write a document, or remove it"),
     ("- a\n", "1:1: the document is a mapping, not a list"),
     ("state_dir: run\n", "1:12: 'state_dir': an absolute path of 90 characters at the most"),
     ("state_dir: /\n", "1:12: 'state_dir': an absolute path"),
@@ -257,7 +257,7 @@ def test_config_errors(tmp_path: Path, text: str, message: str) -> None:
 def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
     path = tmp_path / "isolator.yaml"
     path.write_bytes(b"state_dir: /x\nname: \xff\n")
-    assert told(path, tmp_path) == ["isolator.yaml:2:7: this is not UTF-8: save the file as UTF-8"]
+    assert told(path, tmp_path) == ["isolator.yaml:2:7: this is not UTF-8: save it as UTF-8"]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
