@@ -11,9 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from isolator.cli import app
-from isolator.control.agent_view import EndpointState
-from isolator.control.flowlog import HttpMessage
-from isolator.control.render import message
+from isolator.control.agent_view import EndpointState, PolicyStatus
+from isolator.control.flowlog import HttpMessage, Peer
+from isolator.control.label_policy import label_policy
+from isolator.control.render import labels, message
 from tests.control.fake_agent import ALLOWED, DENIED, LAYER4, Served, served
 
 
@@ -107,6 +108,12 @@ def test_a_request_cannot_write_to_the_terminal() -> None:
     assert message(evil.as_json()) == r" GET /\x1b]0;owned\x07\r\n\u202e"
 
 
+def test_labels_that_are_policy_are_shown_as_policy() -> None:
+    given = {"isolator.allow.ingress": "[]", "b": "2", "a": "1"}
+    assert labels(given) == "a=1,b=2"
+    assert Peer("10.0.0.1", 80, "api", given).as_json()["labels"] == {"a": "1", "b": "2"}
+
+
 def test_policy_show(agent: Served) -> None:
     result = isolator("policy", "show", "api-allow", agent=agent)
     assert result.stdout.splitlines()[:2] == ["# policies/api.yaml, selects api", "kind: Policy"]
@@ -115,6 +122,24 @@ def test_policy_show(agent: Served) -> None:
         1,
         "isolator: no policy is named nope: there are api-allow\n",
     )
+
+
+def test_policy_show_of_one_that_wrong_labels_make(agent: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a label holds must not write to the terminal, nor into the document."""
+    source = label_policy({"name": "api", "isolator.mode": "x\x1b[2J\nkind: Other"})
+    assert source is not None
+    wrong = PolicyStatus(
+        "label:api", source.file, "protect", "closed", ["api"], source.document, [str(source.problems[0])]
+    )
+    monkeypatch.setattr(agent.agent, "policies", lambda: [wrong])
+    assert isolator("policy", "show", agent=agent).stdout.splitlines() == [
+        "# container api, label isolator.mode, selects api",
+        r"# container api, label isolator.mode:1:1: 'isolator.mode' cannot be 'x\x1b[2J\nkind: Other': "
+        "write one of protect, monitor",
+        "kind: Policy", "metadata:", "  name: label:api", "spec:", "  select:", "    name: api", "  mode: protect",
+        "  ingress:", "    - name: wrong-labels", "      action: deny",
+        "  egress:", "    - name: wrong-labels", "      action: deny",
+    ]  # fmt: skip
 
 
 GOOD = """\

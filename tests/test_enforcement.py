@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from ipaddress import ip_address
@@ -14,6 +15,7 @@ import pytest
 from isolator import enforcement
 from isolator.control.config import load
 from isolator.control.flowlog import FlowLog
+from isolator.control.label_policy import label_policies
 from isolator.core.compile import PolicyEntry, PolicyTooLarge, compile_policies
 from isolator.core.inspector import Inspector
 from isolator.core.model import Endpoint, Outsider
@@ -221,6 +223,92 @@ def test_settings_that_need_a_restart(setting: Setting) -> None:
     assert setting.datapath.ports == {80}
 
 
+# -- policy from labels --------------------------------------------------------------------------------------
+
+LABEL = "isolator.allow.ingress"
+
+
+def labelled(port: int) -> dict[str, str]:
+    return {"name": "api", LABEL: f"[{{ports: [{{port: {port}}}]}}]"}
+
+
+def names(setting: Setting) -> list[str]:
+    return [source.policy.name for source in setting.policy.in_force]
+
+
+def told_errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "closed by its labels" in line]
+
+
+def test_labels_come_into_force_with_their_endpoint_and_go_with_it(setting: Setting) -> None:
+    async def appear() -> None:
+        setting.roster.put(2, Endpoint("api", labelled(8080)), (ip_address("10.0.0.2"),))
+        await setting.policy.catch_up()
+        assert setting.datapath.ports == {80, 8080} and names(setting) == ["p", "label:api"]
+        assert [source.policy.name for source in setting.policy.selecting(labelled(8080))] == ["label:api"]
+
+    async def change() -> None:
+        setting.roster.put(2, Endpoint("api", labelled(8081)), (ip_address("10.0.0.2"),))
+        await setting.policy.catch_up()
+        assert setting.datapath.ports == {80, 8081} and names(setting) == ["p", "label:api"]
+
+    async def go() -> None:
+        setting.roster.remove(2)
+        await setting.policy.catch_up()
+        assert setting.datapath.ports == {80} and names(setting) == ["p"]
+
+    setting.play(appear, change, go)
+    setting.agree(4)
+
+
+def test_wrong_labels_close_their_container_alone_and_are_told_once(
+    setting: Setting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def appear() -> None:
+        setting.roster.put(2, Endpoint("api", {"name": "api", "app": "shop", LABEL: "x"}), ())
+        await setting.policy.catch_up()
+
+    async def reload() -> list[str]:
+        setting.put(81)
+        return await setting.policy.reload()
+
+    assert setting.play(appear, reload) == [None, []]
+    assert setting.datapath.ports == {81} and setting.policy.trouble is None
+    assert names(setting) == ["p", "label:api"]
+    (told,) = told_errors(capsys.readouterr().out)
+    assert "container api, label isolator.allow.ingress:1:1: " in told
+
+
+def test_labels_are_read_when_something_changes_and_in_the_worker(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def reading(*arguments: Any) -> Any:
+        read.append(threading.current_thread().name)
+        return label_policies(*arguments)
+
+    async def appear() -> None:
+        setting.roster.put(2, Endpoint("api", labelled(8080)), ())
+        for _ in range(5):
+            await setting.policy.catch_up()
+
+    monkeypatch.setattr(enforcement, "label_policies", reading)
+    setting.play(appear)
+    assert len(read) == 2 and threading.main_thread().name not in read
+
+
+def test_what_cannot_be_written_leaves_the_labels_policies_before(setting: Setting) -> None:
+    async def appear() -> None:
+        setting.roster.put(2, Endpoint("api", labelled(8080)), ())
+        setting.datapath.full = PolicyTooLarge("too much")
+        await setting.policy.catch_up()
+
+    setting.play(appear)
+    assert names(setting) == ["p"] and setting.policy.selecting(labelled(8080)) == []
+    setting.agree(1)
+
+
 def test_every_change_of_the_files_is_seen_once(setting: Setting) -> None:
     folder = setting.folder / "policies"
     changes: list[Callable[[], object]] = [
@@ -251,6 +339,9 @@ EXEMPT = [
     ("", {"app": "other"}, None),
     ("protect: selected\n", {"app": "shop"}, None),
     ("protect: selected\n", {"app": "other"}, "no policy selects it"),
+    ("protect: selected\n", {"isolator.allow.ingress": "[]"}, None),
+    ("protect: selected\n", {"isolator.mod": "protect"}, None),
+    ("protect: selected\n", {"isolator.exclude": "false"}, "no policy selects it"),
     ("exclude: [{app: shop, role: db}]\n", {"app": "shop"}, None),
     (
         "exclude: [{role: x}, {app: shop, role: db}]\n",

@@ -296,6 +296,7 @@ class DockerRuntime:
         self._known: dict[str, RuntimeEndpoint] = {}
         self._seen: dict[str, tuple[Any, Inspected]] = {}  # by id: how it was listed, and what it is
         self._owners: dict[str, str] = {}  # the container's id by its endpoint's name
+        self._image_labels: dict[str, dict[str, str]] = {}
         self._outsiders: tuple[Outsider, ...] = ()
         self._unprotectable: dict[str, str] = {}
 
@@ -312,7 +313,6 @@ class DockerRuntime:
     def bridges(self) -> set[str]:
         with self._asking() as engine:
             return {bridge_of(each) for each in engine.networks() if each["Driver"] == "bridge"} | {GWBRIDGE}
-        self._image_labels: dict[str, dict[str, str]] = {}
 
     def configure(self, configured: Sequence[Any]) -> set[str]:
         """Nothing is configured: the engine says what there is."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import socket
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
-from docker.errors import DockerException  # type: ignore[import-untyped]
+from docker.errors import DockerException, NotFound  # type: ignore[import-untyped]
 
 from isolator.control.docker_runtime import (
     DockerRuntime,
@@ -21,7 +22,9 @@ from isolator.control.docker_runtime import (
     named,
     services,
     unprotectable,
+    without_image_labels,
 )
+from isolator.control.label_policy import label_policy
 from isolator.control.runtime import RuntimeAwayError
 from isolator.control.starts import Starts
 from isolator.core.model import Outsider
@@ -88,6 +91,80 @@ def test_who_is_left_alone_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {each.exempt for each in endpoints_of(excluded)} == {"it has the label isolator.exclude"}
     monkeypatch.setenv("HOSTNAME", "4f" * 6)
     assert {each.exempt for each in endpoints_of(WEB)} == {"it is the agent's own"}
+
+
+# -- whose labels they are -----------------------------------------------------------------------------------
+
+MODE, EXCLUDED = {"isolator.mode": "monitor"}, {"isolator.exclude": "true"}
+
+
+@pytest.mark.parametrize(("own", "image", "left"), [
+    (MODE, {}, MODE),
+    (MODE, MODE, {}),
+    (MODE, {"isolator.mode": "protect"}, MODE),
+    (MODE | EXCLUDED, EXCLUDED, MODE),
+    ({"app": "shop"} | EXCLUDED, {"app": "shop"} | EXCLUDED, {"app": "shop"}),
+    ({"Isolator.Mode": "x"}, {"Isolator.Mode": "x"}, {}),
+    (EXCLUDED, None, {}),
+])  # fmt: skip
+def test_policy_that_an_image_carries_does_not_count(
+    own: dict[str, str], image: dict[str, str] | None, left: dict[str, str]
+) -> None:
+    container = web(Config__Labels=own)
+    assert without_image_labels(container, image)["Config"]["Labels"] == left
+    assert container["Config"]["Labels"] == own
+
+
+def test_policy_of_a_container_whose_image_is_gone_is_a_mistake() -> None:
+    labels = without_image_labels(web(Config__Labels=MODE), None)["Config"]["Labels"]
+    source = label_policy({**labels, "name": "web"})
+    assert source is not None and "label isolator.untold:1:1: its image is gone" in str(source.problems[-1])
+
+
+class FakeEngine:
+    """What DockerRuntime asks the SDK for: one container, and its image unless it is gone."""
+
+    def __init__(self, labels: dict[str, str], image: dict[str, str] | None) -> None:
+        self.labels, self.image, self.asked, self.looks = labels, image, 0, 0
+        self.api = self
+
+    def containers(self) -> list[dict[str, object]]:
+        """Each look finds it changed."""
+        self.looks += 1
+        return [{"Id": WEB["Id"], "State": self.looks}]
+
+    def inspect_container(self, _: str) -> dict[str, Any]:
+        return {**web(Config__Labels=self.labels), "Image": "sha256:1"}
+
+    def inspect_image(self, image: str) -> dict[str, Any]:
+        assert image == "sha256:1"
+        self.asked += 1
+        if self.image is None:
+            raise NotFound("no such image")
+        return {"Config": {"Labels": self.image}}
+
+
+@pytest.mark.parametrize(("labels", "image", "left", "asked"), [
+    ({"app": "shop"}, None, set(), 0),
+    (EXCLUDED, EXCLUDED, set(), 1),
+    (MODE, MODE, set(), 1),
+    (MODE, {}, {"isolator.mode"}, 1),
+    (MODE, None, {"isolator.mode", "isolator.untold"}, 2),
+])  # fmt: skip
+def test_the_image_is_asked_for_where_it_matters_and_once(
+    labels: dict[str, str], image: dict[str, str] | None, left: set[str], asked: int,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    runtime = DockerRuntime(tmp_path / "d.sock")
+    engine = runtime._client = FakeEngine(labels, image)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "d.sock"))
+        runtime.endpoints()
+        found = runtime.endpoints()
+    assert [each.name for each in found] == ["web@back", "web"]
+    assert {key for key in found[0].labels if key.startswith("isolator.")} == left
+    assert engine.asked == asked
+    assert capsys.readouterr().out.count("labels of its image do not count") == (image == labels)
 
 
 # -- who else is there ---------------------------------------------------------------------------------------

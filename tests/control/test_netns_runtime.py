@@ -42,6 +42,14 @@ def told(changes: list[Change]) -> list[tuple[str, str]]:
     return [(change.kind.value, change.endpoint.name) for change in changes]
 
 
+def test_an_endpoint_whose_labels_are_policy_is_known_by_its_name(tmp_path: Path) -> None:
+    label = {"isolator.allow.ingress": "[]"}
+    runtime = NetnsRuntime(
+        [Configured("a", "a", labels=label), Configured("b", "b", labels={"app": "x"})], tmp_path
+    )
+    assert [each.labels for each in runtime.missing()] == [{**label, "name": "a"}, {"app": "x"}]
+
+
 def test_what_is_no_namespace_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     runtime = NetnsRuntime([Configured("a", "file"), Configured("b", "nothing")], folder=tmp_path)

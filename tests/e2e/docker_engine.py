@@ -116,11 +116,18 @@ class Engine:
 
     # -- containers ------------------------------------------------------------------------------------------
 
-    def run(self, name: str, *command: str, **options: Any) -> Any:
+    def run(self, name: str, *command: str, image: str = IMAGE, **options: Any) -> Any:
         """A container in the background, by its name."""
-        container = self.client.containers.run(IMAGE, list(command), name=name, detach=True, **options)
+        container = self.client.containers.run(image, list(command), name=name, detach=True, **options)
         container.reload()
         return container
+
+    def make_image(self, tag: str, *changes: str) -> None:
+        """The tests' image with a Dockerfile's instructions on top of it."""
+        repository, _, version = tag.partition(":")
+        self.client.api.import_image_from_data(
+            image(), repository=repository, tag=version, changes=list(changes)
+        )
 
     def address(self, name: str, network: str = "bridge") -> str:
         container = self.client.containers.get(name)

@@ -182,3 +182,38 @@ def test_the_engine_is_restarted(place: Place) -> None:
         place.engine.client.containers.get(name).start()
     place.settled("api2", "web")
     place.enforces("web", "api2")
+
+
+READ_BOOKS = """\
+- name: read-books
+  from: [{select: {role: web}}]
+  ports: [{port: 80}]
+  http: [{methods: [GET], path: /api/v1/**}]
+"""
+
+
+def test_labels_carry_a_policy(place: Place) -> None:
+    """One that is wrong closes its container, and says why; the others go on."""
+    place.engine.run("labelled", *SERVER, labels={"isolator.allow.ingress": READ_BOOKS})
+    place.engine.run("broken", *SERVER, labels={"isolator.allow.ingress": "- form: []", **API})
+    place.settled("api2", "web", "labelled", "broken")
+    place.enforces("web", "labelled")
+    assert place.pages("api2", "labelled") == ("000", "000")
+    assert place.pages("web", "broken") == ("000", "000"), "whatever the file's policy allows"
+    place.enforces("web", "api2")
+    detail = {each["name"]: each["detail"] for each in place.status()["endpoints"]}
+    told = "container broken, label isolator.allow.ingress:1:3: unknown key 'form'"
+    assert detail["labelled"] is None and detail["broken"].startswith(f"closed: {told}")
+    shown = {each["name"]: each for each in Client(STATE / "isolator.sock").policies()}
+    assert shown["label:broken"]["problems"][0].startswith(told)
+    assert shown["label:labelled"]["file"] == "container labelled, label isolator.allow.ingress"
+    assert shown["label:labelled"]["endpoints"] == ["labelled"]
+    assert (place.root / "agent.log").read_text().count(told) == 1
+
+
+def test_an_image_writes_no_policy_and_excludes_nobody(place: Place) -> None:
+    place.engine.make_image("sly:1", "LABEL isolator.exclude=true isolator.allow.ingress=[{}]")
+    place.engine.run("sly", *SERVER, image="sly:1", labels=API)
+    wait_for(lambda: place.states().get("sly") == "enforced", f"it is left alone: {place.status()}")
+    place.enforces("web", "sly")
+    assert "isolator.exclude" not in place.labels("sly") and place.labels("sly")["role"] == "api"
