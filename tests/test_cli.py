@@ -126,16 +126,22 @@ def test_policy_show(agent: Served) -> None:
 
 def test_policy_show_of_one_that_wrong_labels_make(agent: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a label holds must not write to the terminal, nor into the document."""
-    source = label_policy({"name": "api", "isolator.mode": "x\x1b[2J\nkind: Other"})
+    source = label_policy({"name": "api", "isolator.mode": "x"})
     assert source is not None
     wrong = PolicyStatus(
-        "label:api", source.file, "protect", "closed", ["api"], source.document, [str(source.problems[0])]
+        "label:api",
+        source.file,
+        "protect",
+        "closed",
+        ["api"],
+        source.document,
+        [f"{source.problems[0]}\x1b[2J\nkind: Other"],
     )
     monkeypatch.setattr(agent.agent, "policies", lambda: [wrong])
     assert isolator("policy", "show", agent=agent).stdout.splitlines() == [
         "# container api, label isolator.mode, selects api",
-        r"# container api, label isolator.mode:1:1: 'isolator.mode' cannot be 'x\x1b[2J\nkind: Other': "
-        "write one of protect, monitor",
+        "# container api, label isolator.mode:1:1: 'isolator.mode' cannot be 'x': write one of protect, monitor"
+        r"\x1b[2J\nkind: Other",
         "kind: Policy", "metadata:", "  name: label:api", "spec:", "  select:", "    name: api", "  mode: protect",
         "  ingress:", "    - name: wrong-labels", "      action: deny",
         "  egress:", "    - name: wrong-labels", "      action: deny",

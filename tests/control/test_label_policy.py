@@ -160,6 +160,7 @@ def test_a_warning_closes_nothing() -> None:
     (ALLOW, "- from: [\n", ":2:1: this is not YAML"),
     (ALLOW, "[]\n---\n[]\n", ":3:1: a second document: remove '---'"),
     (ALLOW, "- &a [*a]\n", ":1:3: too deep or too large"),
+    (ALLOW, "- &a {from: [{world: true}]}\n" + "- *a\n" * 600, ":1:22: too deep or too large"),
     (ALLOW, "- ports: [" + ", ".join(f"{{port: {port}}}" for port in range(1, 67)) + "]", ":1:1: 66 ports, of 64"),
     (ALLOW, "- from: [" + ", ".join(f"{{cidr: 10.{at}.0.0/16}}" for at in range(65)) + "]", ":1:1: 65 networks, of 64"),
     (ALLOW, "[] #" + "x" * LABEL_MAX, ":1:1: larger than 8192 bytes: put this policy into a file"),
