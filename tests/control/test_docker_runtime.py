@@ -155,7 +155,7 @@ def test_the_image_is_asked_for_where_it_matters_and_once(
     labels: dict[str, str], image: dict[str, str] | None, left: set[str], asked: int,
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    runtime = DockerRuntime(tmp_path / "d.sock")
+    runtime = DockerRuntime(tmp_path / "d.sock", Starts(tmp_path, 1))
     engine = runtime._client = FakeEngine(labels, image)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "d.sock"))

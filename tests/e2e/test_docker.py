@@ -4,110 +4,24 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from isolator.control.client import Client, ClientError
+from isolator.control.client import Client
 from isolator.datapath.node import Names
-from isolator.lab import forget_agent, wait_for
-from tests.e2e.docker_engine import Engine
+from isolator.lab import wait_for
+from tests.e2e.docker_place import API, IDLE, OTHER, SERVER, WEB, Place, docker_place
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 STATE = Path("/run/isolator-test-docker")
-ALLOWED, DENIED = "api/v1/books", "admin/secrets"
-POLICY = """\
-kind: Policy
-metadata: {name: shop}
-spec:
-  select: {app: shop, role: api}
-  ingress:
-    - name: read-books
-      from: [{select: {app: shop}}]
-      ports: [{port: 80}]
-      http: [{methods: [GET], path: /api/v1/**}]
-"""
-SERVER = ("/bin/httpd", "-f", "-p", "80", "-h", "/www")
-IDLE = ("/bin/sleep", "3600")
-API, WEB, OTHER = {"app": "shop", "role": "api"}, {"app": "shop", "role": "web"}, {"app": "other"}
-
-
-@dataclass
-class Place:
-    engine: Engine
-    root: Path
-    agent: subprocess.Popen[bytes] | None = None
-
-    def start_agent(self) -> None:
-        with (self.root / "agent.log").open("ab") as log:
-            self.agent = subprocess.Popen(
-                [sys.executable, "-m", "isolator.daemon", "run", str(self.root / "isolator.yaml")],
-                stdout=log, stderr=log,
-            )  # fmt: skip
-        wait_for(lambda: "endpoints" in self.status(), "the agent does not come up")
-
-    def stop_agent(self, how: int = signal.SIGTERM) -> None:
-        if self.agent is not None:
-            self.agent.send_signal(how)
-            self.agent.wait(20)
-            self.agent = None
-
-    def status(self) -> dict[str, Any]:
-        try:
-            return Client(STATE / "isolator.sock").status()
-        except (ClientError, OSError):
-            return {}
-
-    def states(self) -> dict[str, str]:
-        return {each["name"]: each["state"] for each in self.status().get("endpoints", [])}
-
-    def labels(self, name: str) -> dict[str, str]:
-        found = [each["labels"] for each in self.status().get("endpoints", []) if each["name"] == name]
-        return found[0] if found else {}
-
-    def settled(self, *names: str) -> None:
-        """These are the endpoints, and all are enforced."""
-        wait_for(
-            lambda: self.states() == dict.fromkeys(names, "enforced"),
-            f"{names}: not what {self.status()} says",
-        )
-
-    def pages(self, client: str, server: str) -> tuple[str, str]:
-        address = self.engine.address(server)
-        allowed, denied = (
-            self.engine.fetch(client, f"http://{address}/{page}") for page in (ALLOWED, DENIED)
-        )
-        return allowed, denied
-
-    def enforces(self, client: str, server: str) -> None:
-        """The policy holds between the two. A container is found some time after its start: waited for."""
-        wait_for(
-            lambda: self.pages(client, server) == (ALLOWED, "403"),
-            f"{server} is not protected: {self.status()}",
-        )
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    root = tmp_path_factory.mktemp("docker")
-    (root / "shop.yaml").write_text(POLICY)
-    engine = Engine(Path("/tmp/isolator-test-engine"), "isotest-engine")
-    (root / "isolator.yaml").write_text(
-        f"runtime: {{kind: docker, socket: {engine.socket}}}\nstate_dir: {STATE}\npolicies: [shop.yaml]\n"
-    )
-    forget_agent(STATE)
-    with engine:
-        made = Place(engine, root)
-        try:
-            made.start_agent()
-            yield made
-        finally:
-            made.stop_agent()
-            forget_agent(STATE)
+    with docker_place(tmp_path_factory.mktemp("docker"), STATE) as made:
+        yield made
 
 
 def test_containers_are_protected_by_their_labels(place: Place) -> None:
