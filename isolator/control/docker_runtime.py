@@ -297,6 +297,7 @@ class DockerRuntime:
         self._seen: dict[str, tuple[Any, Inspected]] = {}  # by id: how it was listed, and what it is
         self._owners: dict[str, str] = {}  # the container's id by its endpoint's name
         self._image_labels: dict[str, dict[str, str]] = {}
+        self._image_told: set[str] = set()  # ids of containers for which it was told that theirs do not count
         self._outsiders: tuple[Outsider, ...] = ()
         self._unprotectable: dict[str, str] = {}
 
@@ -332,6 +333,7 @@ class DockerRuntime:
             containers = self._running(engine)
             containers += self._starting(engine, {each["Id"] for each in containers})
             by_id = {each["Id"]: endpoints_of(each) for each in containers}
+            self._image_told &= by_id.keys()
             found = [endpoint for its in by_id.values() for endpoint in its]
             others = gateways(containers)
             if any("com.docker.swarm.service.id" in (each["Config"]["Labels"] or {}) for each in containers):
@@ -405,7 +407,8 @@ class DockerRuntime:
             return container
         vetted = without_image_labels(container, self._labels_of_image(engine, container["Image"]))
         dropped = own.keys() - own_labels(vetted).keys()
-        if dropped and container["Id"] not in self._seen:
+        if dropped and container["Id"] not in self._image_told:
+            self._image_told.add(container["Id"])
             log.warning(
                 "labels of its image do not count", container=name_of(container), labels=sorted(dropped)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import socket
 from ipaddress import ip_address
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from docker.errors import DockerException, NotFound  # type: ignore[import-untyped]
 
+from isolator.control import docker_runtime
 from isolator.control.docker_runtime import (
     DockerRuntime,
     bridge_of,
@@ -122,16 +124,26 @@ def test_policy_of_a_container_whose_image_is_gone_is_a_mistake() -> None:
 
 
 class FakeEngine:
-    """What DockerRuntime asks the SDK for: one container, and its image unless it is gone."""
+    """What DockerRuntime asks the SDK for: one container that is about to run or runs, and its image unless that is
+    gone."""
 
     def __init__(self, labels: dict[str, str], image: dict[str, str] | None) -> None:
         self.labels, self.image, self.asked, self.looks = labels, image, 0, 0
+        self.runs = False
         self.api = self
 
-    def containers(self) -> list[dict[str, object]]:
+    def containers(self, all: bool = False, filters: object = None) -> list[dict[str, Any]]:
         """Each look finds it changed."""
         self.looks += 1
-        return [{"Id": WEB["Id"], "State": self.looks}]
+        listed = {
+            "Id": WEB["Id"], "State": self.looks, "Names": ["/web"], "Image": "nginx:1", "ImageID": "sha256:1",
+            "Labels": self.labels, "HostConfig": WEB["HostConfig"], "NetworkSettings": WEB["NetworkSettings"],
+        }  # fmt: skip
+        return [listed] if self.runs or all else []
+
+    def inspect_network(self, name: str) -> dict[str, Any]:
+        attachment = WEB["NetworkSettings"]["Networks"][name]
+        return {"Containers": {WEB["Id"]: {**attachment, "IPv4Address": "172.17.0.2/16", "IPv6Address": ""}}}
 
     def inspect_container(self, _: str) -> dict[str, Any]:
         return {**web(Config__Labels=self.labels), "Image": "sha256:1"}
@@ -149,20 +161,28 @@ class FakeEngine:
     (EXCLUDED, EXCLUDED, set(), 1),
     (MODE, MODE, set(), 1),
     (MODE, {}, {"isolator.mode"}, 1),
-    (MODE, None, {"isolator.mode", "isolator.untold"}, 2),
+    (MODE, None, {"isolator.mode", "isolator.untold"}, 4),
 ])  # fmt: skip
 def test_the_image_is_asked_for_where_it_matters_and_once(
     labels: dict[str, str], image: dict[str, str] | None, left: set[str], asked: int,
-    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    runtime = DockerRuntime(tmp_path / "d.sock", Starts(tmp_path, 1))
+    """Of a container whose start waits for us and of one that runs."""
+    monkeypatch.setattr(
+        docker_runtime, "sandbox_of_process", lambda _: Path("/run/docker/netns/4f4f4f4f4f4f")
+    )
+    starts = Starts(tmp_path, 1)
+    starts.waiting[WEB["Id"]] = os.getpid()
+    runtime = DockerRuntime(tmp_path / "d.sock", starts)
     engine = runtime._client = FakeEngine(labels, image)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "d.sock"))
-        runtime.endpoints()
-        found = runtime.endpoints()
-    assert [each.name for each in found] == ["web@back", "web"]
-    assert {key for key in found[0].labels if key.startswith("isolator.")} == left
+        for runs in (False, False, True, True):
+            engine.runs = runs
+            found = runtime.endpoints()
+            assert [each.name for each in found] == ["web@back", "web"]
+            assert {key for key in found[0].labels if key.startswith("isolator.")} == left
+            assert (not starts.waiting) == runs
     assert engine.asked == asked
     assert capsys.readouterr().out.count("labels of its image do not count") == (image == labels)
 
