@@ -3,7 +3,7 @@
 #   make test    lint and all tests
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages machine absent bpf demo test lint bench lock clean
+.PHONY: help setup packages machine absent bpf demo test lint starts operations bench lock clean
 
 ARCH := $(shell uname -m | sed 's/x86_64/x86/; s/aarch64/arm64/')
 OBJECTS := isolator/datapath/objects
@@ -49,6 +49,13 @@ lint: setup
 
 test: machine setup bpf lint
 	.venv/bin/python -m pytest
+
+# Bars with a real engine, each printing its figure.
+starts: machine setup bpf
+	ISOLATOR_STARTS=50 .venv/bin/python -m pytest -q -s tests/e2e/test_starts.py
+
+operations: machine setup bpf
+	ISOLATOR_OPERATIONS=200 .venv/bin/python -m pytest -q -s tests/e2e/test_docker_life.py -k random
 
 bench: machine setup bpf
 	.venv/bin/python -m benchmarks quick

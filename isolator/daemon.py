@@ -34,6 +34,7 @@ from isolator.control.agent_view import (
 )
 from isolator.control.api import create_app
 from isolator.control.config import Config, PolicySource, load
+from isolator.control.engine import host_netns
 from isolator.control.flowlog import FlowLog, FlowVerdict
 from isolator.control.netns_runtime import NetnsRuntime
 from isolator.control.problems import ConfigErrors, errors_in
@@ -63,6 +64,8 @@ ADDRESSES_EVERY = 1.0  # s
 FILES_EVERY = 1.0  # s
 AGE_EVERY = 5.0  # s
 NICE = -15  # packets wait for this process: where CPUs are scarce, it has to run as soon as one is there
+
+ENGINE = "engine"  # in the state folder: the socket of the engine whose bridges have a gate
 
 log = structlog.get_logger()
 
@@ -117,6 +120,8 @@ class Agent:
             os.setpriority(os.PRIO_PROCESS, 0, NICE)
         self._refuse_mistakes()
         with hold(self.config.state_dir), self._gate or contextlib.nullcontext(), self._node:
+            if self._gate is not None:
+                (self.config.state_dir / ENGINE).write_text(str(self.config.engine))
             self._node.open()
             server = ApiServer(create_app(self), self.config.socket)
             try:
@@ -386,6 +391,9 @@ def restore_without_agent(state_dir: Path, names: Sequence[str]) -> list[str]:
                 log.info("gone", endpoint=name, detail=str(error))
             except SpliceError as error:
                 failed.append(str(error))
+        if not names and (engine := state_dir / ENGINE).exists():
+            with Gate(str(host_netns(Path(engine.read_text()))), Names.of(state_dir).netns) as gate:
+                gate.remove()
     return failed
 
 

@@ -23,8 +23,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
-import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +35,7 @@ import requests
 import structlog
 from docker.errors import DockerException  # type: ignore[import-untyped]
 
+from isolator.control.engine import host_netns
 from isolator.control.runtime import (
     EXCLUDE,
     UNTOLD,
@@ -57,7 +56,6 @@ SETTLE_SECONDS = 0.005  # a start is several events: one look answers them
 OLDEST_API = (1, 41)  # Docker 20.10
 GWBRIDGE = "docker_gwbridge"  # Swarm's bridge for the way out
 INGRESS_SANDBOX = "ingress_sbox"  # and the mesh's own namespace
-PEERCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 KNOWN = {
     "compose.project": "com.docker.compose.project",
@@ -498,18 +496,6 @@ def check_version(told: Mapping[str, Any]) -> None:
         raise DockerException(
             f"it speaks API {told.get('ApiVersion')} (Docker {told.get('Version')}): Docker 20.10 or later is needed"
         )
-
-
-def host_netns(socket_path: Path) -> Path:
-    """The network namespace in which the engine behind a socket has its bridges: that of the process that listens
-    there (SO_PEERCRED, unix(7)), or, where that cannot be seen, our own."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-        probe.connect(str(socket_path))
-        pid, _, _ = PEERCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEERCRED.size))
-        path = Path(f"/proc/{pid}/ns/net")
-        if pid and path.exists():
-            return path
-    return Path("/proc/self/ns/net")
 
 
 def named(

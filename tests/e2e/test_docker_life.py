@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,18 @@ class Containers:
             self.engine.run("probe", *IDLE, labels=OTHER)
             self.probing = True
         wait_for(lambda: self.place.pages("probe", name) == ("000", "000"), f"{name} is open to anybody")
+
+
+def test_restore_all_without_an_agent_takes_the_gate_away(place: Place) -> None:
+    engine = place.engine
+    engine.run("web", *IDLE, labels=WEB)
+    place.settled("web")
+    place.stop_agent(signal.SIGKILL)
+    engine.run("api", *SERVER, labels=API)
+    assert engine.fetch("web", f"http://{engine.address('api')}/{ALLOWED}") == "000", "new, and nobody there"
+    command = [sys.executable, "-m", "isolator.cli", "restore", "--all", "--socket", str(STATE / "isolator.sock")]
+    subprocess.run(command, check=True)
+    assert engine.fetch("web", f"http://{engine.address('api')}/{DENIED}") == DENIED
+    place.start_agent()
+    place.settled("web", "api")
+    place.enforces("web", "api")
