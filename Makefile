@@ -3,7 +3,7 @@
 #   make test    lint and all tests
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages machine absent bpf demo test lint starts operations bench lock clean
+.PHONY: help setup packages machine absent bpf demo test lint starts operations containers bench lock clean
 
 ARCH := $(shell uname -m | sed 's/x86_64/x86/; s/aarch64/arm64/')
 OBJECTS := isolator/datapath/objects
@@ -56,6 +56,9 @@ starts: machine setup bpf
 
 operations: machine setup bpf
 	ISOLATOR_OPERATIONS=200 .venv/bin/python -m pytest -q -s tests/e2e/test_docker_life.py -k random
+
+containers: machine setup bpf
+	ISOLATOR_CONTAINERS=100 .venv/bin/python -m pytest -q -s tests/e2e/test_docker_life.py -k many
 
 bench: machine setup bpf
 	.venv/bin/python -m benchmarks quick

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.e2e.docker_place import ALLOWED, API, DENIED, IDLE, OTHER, SERVER, WE
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 STATE = Path("/run/isolator-test-life")
 OPERATIONS = int(os.environ.get("ISOLATOR_OPERATIONS", "40"))
+CONTAINERS = int(os.environ.get("ISOLATOR_CONTAINERS", "8"))
 POLICY = """\
 kind: Policy
 metadata: {name: shop}
@@ -304,9 +306,39 @@ def test_restore_all_without_an_agent_takes_the_gate_away(place: Place) -> None:
     place.stop_agent(signal.SIGKILL)
     engine.run("api", *SERVER, labels=API)
     assert engine.fetch("web", f"http://{engine.address('api')}/{ALLOWED}") == "000", "new, and nobody there"
-    command = [sys.executable, "-m", "isolator.cli", "restore", "--all", "--socket", str(STATE / "isolator.sock")]
+    command = [
+        sys.executable,
+        "-m",
+        "isolator.cli",
+        "restore",
+        "--all",
+        "--socket",
+        str(STATE / "isolator.sock"),
+    ]
     subprocess.run(command, check=True)
     assert engine.fetch("web", f"http://{engine.address('api')}/{DENIED}") == DENIED
     place.start_agent()
     place.settled("web", "api")
     place.enforces("web", "api")
+
+
+def test_many_containers(place: Place) -> None:
+    """They are there before the agent; `make containers`: 100 of them."""
+    place.stop_agent(signal.SIGTERM)
+    names = [f"many{number}" for number in range(CONTAINERS)]
+    for name in names:
+        place.engine.run(name, *IDLE, labels=WEB, stop_signal="SIGKILL")
+    times = []
+    for _ in ("spliced", "adopted"):
+        begin = time.monotonic()
+        place.start_agent()
+        wait_for(lambda: place.states() == dict.fromkeys(names, "enforced"), "not all are enforced", 60)
+        times.append(time.monotonic() - begin)
+        assert place.agent is not None
+        status = Path(f"/proc/{place.agent.pid}/status").read_text()
+        place.stop_agent(signal.SIGKILL)
+    resident = int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    print(f"\n{CONTAINERS} containers: spliced {times[0]:.1f} s and adopted {times[1]:.1f} s after the agent's start, "
+          f"agent {resident:.0f} MB")  # fmt: skip
+    place.start_agent()
+    nothing_is_left(place)
