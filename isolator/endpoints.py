@@ -413,6 +413,9 @@ class Endpoints:
 
     async def _admit_all(self) -> None:
         await self._gate.settle(each.place for each in self if each.place is not None)
+        self._tell_opened()
+
+    def _tell_opened(self) -> None:
         self._runtime.opened({each.name for each in self if each.state in (ENFORCED, EXEMPT, RESTORED)})
 
     # -- transitions ----------------------------------------------------------------------------------------
@@ -481,6 +484,7 @@ class Endpoints:
             return
         self._enforced(managed, managed.number, splice)
         await self._gate.admit(("", splice.network_port))
+        self._tell_opened()
         log.info("spliced", endpoint=splice.name, dark_ms=round(splice.dark * 1000, 1))
 
     def _enforced(self, managed: Managed, number: int, splice: Splice) -> None:

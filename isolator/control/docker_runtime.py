@@ -294,6 +294,7 @@ class DockerRuntime:
         self._known: dict[str, RuntimeEndpoint] = {}
         self._seen: dict[str, tuple[Any, Inspected]] = {}  # by id: how it was listed, and what it is
         self._owners: dict[str, str] = {}  # the container's id by its endpoint's name
+        self._happened = False  # an event of the engine since the last look
         self._image_labels: dict[str, dict[str, str]] = {}
         self._image_told: set[str] = set()  # ids of containers for which it was told that theirs do not count
         self._outsiders: tuple[Outsider, ...] = ()
@@ -325,10 +326,11 @@ class DockerRuntime:
         self._known = self.look()
         return list(self._known.values())
 
-    def look(self) -> dict[str, RuntimeEndpoint]:
-        """Every endpoint by name. Blocks; raises RuntimeAwayError."""
+    def look(self, starts_alone: bool = False) -> dict[str, RuntimeEndpoint]:
+        """Every endpoint by name. Blocks; raises RuntimeAwayError. `starts_alone`: those that run are as they were."""
         with self._asking() as engine:
-            containers = self._running(engine)
+            running = [container for _, container in self._seen.values()]
+            containers = running if starts_alone else self._running(engine)
             containers += self._starting(engine, {each["Id"] for each in containers})
             by_id = {each["Id"]: endpoints_of(each) for each in containers}
             self._image_told &= by_id.keys()
@@ -441,11 +443,11 @@ class DockerRuntime:
         self._unprotectable = unprotectable
 
     async def changes(self) -> AsyncIterator[Change]:
-        told = asyncio.Event()
+        told, happened = asyncio.Event(), True
         with self._listening(told):
             while True:
                 try:
-                    after = await asyncio.to_thread(self.look)
+                    after = await asyncio.to_thread(self.look, starts_alone=not happened)
                 except RuntimeAwayError as error:  # its containers may well run on: nothing has vanished
                     log.warning("the engine is away", error=str(error))
                     await asyncio.sleep(AGAIN_SECONDS)
@@ -455,14 +457,20 @@ class DockerRuntime:
                     yield change
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(told.wait(), RECONCILE_SECONDS)
-                    if not self._starts.unanswered:
+                    if self._happened:
                         await asyncio.sleep(SETTLE_SECONDS)
+                happened = self._happened or not told.is_set()
+                self._happened = False
                 told.clear()
 
     @contextlib.contextmanager
     def _listening(self, told: asyncio.Event) -> Iterator[None]:
         """Sets `told` with each event, from a thread that outlives the engine's restarts."""
         loop, ended = asyncio.get_running_loop(), threading.Event()
+
+        def event() -> None:
+            self._happened = True
+            told.set()
 
         def asked() -> None:
             if self._starts.read():
@@ -475,7 +483,7 @@ class DockerRuntime:
                     for _ in client.events(filters={"type": ["container", "network"]}):
                         if ended.is_set():
                             return
-                        loop.call_soon_threadsafe(told.set)
+                        loop.call_soon_threadsafe(event)
                 except (DockerException, requests.RequestException, OSError, RuntimeError):
                     ended.wait(AGAIN_SECONDS)  # the reconciliation goes on, and says what is wrong
 

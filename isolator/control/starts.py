@@ -31,12 +31,15 @@ SCRIPT = """\
 # The OCI runtime of containers that start protected: waits for Isolator, then is {runc}. By `isolator oci-runtime`.
 starts={starts}
 for id; do :; done # the last word
-ask() {{ echo "$id $(cat init.pid)" >&3; }} # the engine's shim stands in the container's folder
+ask() {{ # the engine's shim stands in the container's folder
+  read -r pid <init.pid
+  echo "$id $pid" >&3
+}}
 if [ -p "$starts/asked" ]; then
   exec 3<>"$starts/asked" # both ways: it must not block where nobody reads
   case " $* " in
   *" create "*)
-    rm -f "$starts/$id"
+    [ ! -e "$starts/$id" ] || rm -f "$starts/$id"
     {runc} "$@" 3>&- || exit
     ask # early: until the engine says start, most of it is done
     exit 0
@@ -45,10 +48,10 @@ if [ -p "$starts/asked" ]; then
     wait=5
     read -r wait <"$starts/wait"
     tries=0
-    while [ ! -e "$starts/$id" ] && [ "$tries" -lt $((wait * 200)) ]; do
-      [ $((tries % 200)) = 0 ] && ask # again each second: an agent may have been restarted
+    while [ ! -e "$starts/$id" ] && [ "$tries" -lt $((wait * 250)) ]; do
+      [ $((tries % 250)) = 0 ] && ask # again each second: an agent may have been restarted
       tries=$((tries + 1))
-      sleep 0.004
+      sleep 0.002
     done
     rm -f "$starts/$id"
     ;;
