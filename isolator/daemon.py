@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import structlog
 import uvloop
@@ -32,14 +32,12 @@ from isolator.control.agent_view import (
     PolicyStatus,
     RestoreResult,
 )
-from isolator.control.api import create_app
 from isolator.control.config import Config, PolicySource, load
 from isolator.control.engine import host_netns
 from isolator.control.flowlog import FlowLog, FlowVerdict
 from isolator.control.netns_runtime import NetnsRuntime
 from isolator.control.problems import ConfigErrors, errors_in
 from isolator.control.runtime import Runtime, RuntimeAwayError
-from isolator.control.server import ApiServer, SocketInUseError
 from isolator.control.starts import Starts
 from isolator.core.compile import PolicyTooLarge
 from isolator.core.explain import Explanation, Question, explain
@@ -57,6 +55,9 @@ from isolator.enforcement import Enforcement
 from isolator.records import Recorder
 from isolator.roster import Roster
 from isolator.worker import Worker
+
+if TYPE_CHECKING:
+    from isolator.control.server import ApiServer
 
 BEAT_EVERY = 0.25  # s
 TICK_EVERY = 0.02  # s, while a flow waits for time to pass
@@ -113,8 +114,8 @@ class Agent:
     # -- life -----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT. Raises AgentError, RuntimeAwayError, DatapathError, PolicyTooLarge,
-        SocketInUseError, OSError."""
+        """Until SIGTERM or SIGINT. Raises AgentError, RuntimeAwayError, DatapathError, PolicyTooLarge, OSError (a
+        SocketInUseError is one)."""
         preflight(self._names.pins)
         with contextlib.suppress(PermissionError):  # without CAP_SYS_NICE it is slower, not worse
             os.setpriority(os.PRIO_PROCESS, 0, NICE)
@@ -122,12 +123,14 @@ class Agent:
         with hold(self.config.state_dir), self._gate or contextlib.nullcontext(), self._node:
             if self._gate is not None:
                 (self.config.state_dir / ENGINE).write_text(str(self.config.engine))
+            api = asyncio.get_running_loop().run_in_executor(None, self._make_api)
             self._node.open()
-            server = ApiServer(create_app(self), self.config.socket)
+            server = None
             try:
                 self._listen()
                 self._spawn(repeat(BEAT_EVERY, self._beat))
                 await self._endpoints.take_up()
+                server = await api
                 await server.start()
                 self._start_tasks()
                 log.info("running", pid=os.getpid(), endpoints=len(self._endpoints), config=str(self.path))
@@ -135,6 +138,13 @@ class Agent:
                 await self._restore_on_exit()
             finally:
                 await self._wind_down(server)
+
+    def _make_api(self) -> ApiServer:
+        """In a thread: its libraries take half a second, in which the kernel can load programs and packets pass."""
+        from isolator.control.api import create_app
+        from isolator.control.server import ApiServer
+
+        return ApiServer(create_app(self), self.config.socket)
 
     def _refuse_mistakes(self) -> None:
         """At a first start an endpoint of the config that cannot be spliced is a mistake; later, a container that is
@@ -187,13 +197,14 @@ class Agent:
                     log.error("not restored", endpoint=result.name, error=result.error)
             await self._admission.open()
 
-    async def _wind_down(self, server: ApiServer) -> None:
+    async def _wind_down(self, server: ApiServer | None) -> None:
         """What is under way ends first: a splice, a policy. Then the kernel is left to itself."""
         self._endpoints.stop()
         async with self._changing:
             for task in list(self._tasks):
                 task.cancel()
-        await server.stop()
+        if server is not None:
+            await server.stop()
         await self._work.close()
         loop, node = asyncio.get_running_loop(), self._node
         for fd in (node.ring.fileno(), node.doorbell.fileno(), node.datapath.maps["events"].fd):
@@ -408,7 +419,7 @@ def main(arguments: Sequence[str]) -> int:
         failed = [str(problem) for problem in error.problems]
     except AgentError as error:
         failed = [str(line) for line in error.args]
-    except (RuntimeAwayError, DatapathError, PolicyTooLarge, SocketInUseError, OSError) as error:
+    except (RuntimeAwayError, DatapathError, PolicyTooLarge, OSError) as error:
         failed = [str(error)]
     for line in failed:
         print(f"isolator: {line}", file=sys.stderr)

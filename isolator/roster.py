@@ -17,14 +17,17 @@ class Roster:
         self.addresses: dict[int, tuple[Address, ...]] = {}
         self.outsiders: tuple[Outsider, ...] = ()
         self.owners: dict[str, Endpoint] = {}
+        self._texts: dict[int, tuple[str, ...]] = {}  # of addresses: to make them anew takes long
 
     def put(self, number: int, endpoint: Endpoint, addresses: tuple[Address, ...]) -> None:
         self.endpoints[number], self.addresses[number] = endpoint, addresses
+        self._texts[number] = tuple(str(address) for address in addresses)
         self._own()
 
     def remove(self, number: int) -> None:
         self.endpoints.pop(number, None)
         self.addresses.pop(number, None)
+        self._texts.pop(number, None)
         self._own()
 
     def put_outsiders(self, outsiders: tuple[Outsider, ...]) -> None:
@@ -39,7 +42,7 @@ class Roster:
             endpoint = Endpoint(outsider.name, outsider.labels)
             self.owners.update((str(address), endpoint) for address in outsider.addresses)
         for number, endpoint in self.endpoints.items():
-            self.owners.update((str(address), endpoint) for address in self.addresses[number])
+            self.owners.update(dict.fromkeys(self._texts[number], endpoint))
 
 
 def with_host(outsiders: Iterable[Outsider], addresses: Sequence[Address]) -> tuple[Outsider, ...]:

@@ -22,7 +22,7 @@ STOP_SECONDS = 2
 SOCKET_MODE = 0o600
 
 
-class SocketInUseError(Exception):
+class SocketInUseError(OSError):
     """Another agent answers on the socket. The text is meant for people."""
 
 

@@ -17,9 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyroute2.netlink.rtnl import RTM_GETLINK, RTM_NEWLINK  # type: ignore[import-untyped]
-
-from isolator.datapath.rtnl import NetlinkError, Rtnl, attribute, attributes, text, u32
+from isolator.datapath.rtnl import (
+    RTM_GETLINK,
+    RTM_NEWLINK,
+    NetlinkError,
+    Rtnl,
+    attribute,
+    attributes,
+    text,
+    u32,
+)
 
 IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, change
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_TXQLEN = 1, 3, 4, 5, 10, 13

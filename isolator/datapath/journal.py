@@ -1,7 +1,8 @@
 """The journal: what a splice has to put back, on disk before the first step that cannot be undone without it.
 
 One JSON file per endpoint, written whole or not at all (temporary file, fsync, rename, fsync of the folder).
-A file that cannot be read stands in the way of its own endpoint alone: `entries` passes over it.
+A file that cannot be read stands in the way of its own endpoint alone: `entries` passes over it. One that has not
+changed since it was read is not read again: each splice looks at all of them.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._read: dict[str, tuple[tuple[int, int, int], Entry]] = {}  # by name, with the file's stamp
 
     def write(self, entry: Entry) -> None:
         """Replace the endpoint's entry; on return it is on disk."""
@@ -84,8 +86,14 @@ class Journal:
         """The endpoint's entry, None where there is none; raises SpliceError for one that cannot be read."""
         path = self._path(name)
         try:
-            return Entry.from_json(json.loads(path.read_text()))
+            status = path.stat()
+            stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+            known = self._read.get(name)
+            if known is None or known[0] != stamp:
+                known = self._read[name] = (stamp, Entry.from_json(json.loads(path.read_text())))
+            return known[1]
         except FileNotFoundError:
+            self._read.pop(name, None)
             return None
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise SpliceError(

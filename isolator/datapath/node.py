@@ -22,9 +22,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL  # type: ignore[import-untyped]
-from pyroute2.netlink.rtnl import RTM_NEWLINK  # type: ignore[import-untyped]
-
 from isolator.core.inspector import Inspector
 from isolator.core.model import Side
 from isolator.datapath import device, snapshot
@@ -37,7 +34,7 @@ from isolator.datapath.forwarder import Forwarder, Reporter
 from isolator.datapath.journal import Journal
 from isolator.datapath.netns import Netns, SpliceError, pinned_netns
 from isolator.datapath.ring import Ring, packet_socket
-from isolator.datapath.rtnl import Rtnl, attribute, text, u32
+from isolator.datapath.rtnl import NLM_F_CREATE, NLM_F_EXCL, RTM_NEWLINK, Rtnl, attribute, text, u32
 from isolator.datapath.sender import Sender
 from isolator.datapath.splice import (
     Address,

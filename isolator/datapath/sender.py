@@ -2,7 +2,8 @@
 
 One bound socket for each port, because `send` on a bound socket is the fastest call that CPython has:
 `sendto` looks the interface's name up with an ioctl each time (half as long again), and through ctypes the
-call's arguments cost as much.
+call's arguments cost as much. It is opened with the first frame: to close one takes the kernel an RCU grace period
+(packet_release), some 10 ms, and a process that is killed closes them one after the other before it is gone.
 """
 
 from __future__ import annotations
@@ -14,20 +15,16 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
-
-from isolator.datapath.errors import DatapathError
 
 PACKET_QDISC_BYPASS = 20  # <linux/if_packet.h>
 SO_SNDBUFFORCE = 32
 SEND_BUFFER = 4 << 20  # bytes under way per port; a veth takes a frame over at once, a queued device may not
+CLOSING = 32  # threads
 _SOL_PACKET = 263
 _SOCKADDR_LL = struct.Struct("=HHiHBB8s")
-
-
-class SenderError(DatapathError):
-    """A port can't be sent to."""
 
 
 class Sender:
@@ -41,30 +38,20 @@ class Sender:
     def __init__(self, open_socket: Callable[[], socket.socket]) -> None:
         """`open_socket` makes a packet socket in the ports' network namespace: see ring.packet_socket."""
         self._open_socket = open_socket
+        self._ports: set[int] = set()
         self._sockets: dict[int, socket.socket] = {}
         self._send: dict[int, Callable[[bytes | memoryview], int]] = {}
         self.frames = 0
         self.errors: Counter[int] = Counter()
 
     def add(self, ifindex: int) -> None:
-        """Makes a port known. Again for a device that came back: the old socket stays with the old device.
-
-        Raises SenderError.
-        """
+        """Makes a port known. Again for a device that came back: the old socket stays with the old device."""
         self.remove(ifindex)
-        sock = self._open_socket()
-        try:
-            sock.setsockopt(_SOL_PACKET, PACKET_QDISC_BYPASS, 1)
-            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
-            _bind(sock, ifindex)
-        except OSError as error:
-            sock.close()
-            raise SenderError(f"cannot send to interface {ifindex}: {error}") from error
-        self._sockets[ifindex] = sock
-        self._send[ifindex] = sock.send
+        self._ports.add(ifindex)
 
     def remove(self, ifindex: int) -> None:
         """Forgets a port; one that is not known is no error."""
+        self._ports.discard(ifindex)
         self._send.pop(ifindex, None)
         sock = self._sockets.pop(ifindex, None)
         if sock is not None:
@@ -73,19 +60,32 @@ class Sender:
     def send(self, ifindex: int, vnet_frame: bytes | memoryview) -> bool:
         """Sends struct virtio_net_hdr and an Ethernet frame. False: not sent, and counted in `errors`."""
         try:
-            self._send[ifindex](vnet_frame)
+            (self._send.get(ifindex) or self._open(ifindex))(vnet_frame)
         except OSError as error:
             self.errors[error.errno or errno.EIO] += 1
-            return False
-        except KeyError:
-            self.errors[errno.ENODEV] += 1
             return False
         self.frames += 1
         return True
 
+    def _open(self, ifindex: int) -> Callable[[bytes | memoryview], int]:
+        if ifindex not in self._ports:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        sock = self._open_socket()
+        try:
+            sock.setsockopt(_SOL_PACKET, PACKET_QDISC_BYPASS, 1)
+            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
+            _bind(sock, ifindex)
+        except OSError:
+            sock.close()
+            raise
+        self._sockets[ifindex] = sock
+        self._send[ifindex] = sock.send
+        return sock.send
+
     def close(self) -> None:
-        for ifindex in list(self._sockets):
-            self.remove(ifindex)
+        """All at once: their grace periods are one."""
+        with ThreadPoolExecutor(max_workers=CLOSING) as threads:
+            list(threads.map(self.remove, list(self._sockets)))
 
     def __enter__(self) -> Self:
         return self

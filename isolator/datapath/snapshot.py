@@ -22,8 +22,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pyroute2.netlink import NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE  # type: ignore[import-untyped]
-from pyroute2.netlink.rtnl import (  # type: ignore[import-untyped]
+from isolator.datapath import device
+from isolator.datapath.device import Link
+from isolator.datapath.rtnl import (
+    NLM_F_APPEND,
+    NLM_F_CREATE,
+    NLM_F_REPLACE,
     RTM_DELADDR,
     RTM_DELROUTE,
     RTM_GETADDR,
@@ -32,11 +36,13 @@ from pyroute2.netlink.rtnl import (  # type: ignore[import-untyped]
     RTM_NEWADDR,
     RTM_NEWNEIGH,
     RTM_NEWROUTE,
+    NetlinkError,
+    Rtnl,
+    attribute,
+    attributes,
+    text,
+    u32,
 )
-
-from isolator.datapath import device
-from isolator.datapath.device import Link
-from isolator.datapath.rtnl import NetlinkError, Rtnl, attribute, attributes, text, u32
 
 AF_INET, AF_INET6 = 2, 10
 IFADDR = struct.Struct("=BBBBi")  # family, prefix length, flags, scope, index
@@ -79,10 +85,9 @@ class Snapshot:
     neighbours: tuple[bytes, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            name: [message.hex() for message in value] if name in _MESSAGES else value
-            for name, value in asdict(self).items()
-        }
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        messages = {name: [message.hex() for message in fields[name]] for name in _MESSAGES}
+        return {**fields, **messages, "link": asdict(self.link)}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Snapshot:

@@ -28,16 +28,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from pyroute2.netlink import NLM_F_CREATE, NLM_F_EXCL  # type: ignore[import-untyped]
-from pyroute2.netlink.rtnl import RTM_DELLINK, RTM_NEWLINK  # type: ignore[import-untyped]
-
 from isolator.datapath import device, snapshot
 from isolator.datapath.attach import detach_xdp
 from isolator.datapath.device import IFF_LOOPBACK, IFF_UP, IFINFO, Link
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.journal import Entry, Journal, Phase, boot_id
 from isolator.datapath.netns import Netns, NetnsMissingError, SpliceError, pinned_netns
-from isolator.datapath.rtnl import NetlinkError, Rtnl, attribute, text, u32
+from isolator.datapath.rtnl import (
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    RTM_DELLINK,
+    RTM_NEWLINK,
+    NetlinkError,
+    Rtnl,
+    attribute,
+    text,
+    u32,
+)
 from isolator.datapath.snapshot import Snapshot
 
 Address = IPv4Address | IPv6Address

@@ -33,6 +33,17 @@ def journal(tmp_path: Path) -> Journal:
     return Journal(tmp_path / "deep" / "journal")
 
 
+def test_a_file_that_another_process_changed_is_read_anew(journal: Journal) -> None:
+    journal.write(ENTRY)
+    assert journal.read("web") == ENTRY
+    other = Journal(journal.folder)
+    other.write(replace(ENTRY, phase=Phase.SPLICED))
+    assert journal.read("web") == replace(ENTRY, phase=Phase.SPLICED)
+    other.remove("web")
+    assert journal.read("web") is None
+    assert list(journal.entries()) == []
+
+
 def test_an_entry_comes_back_equal_until_it_is_removed(journal: Journal) -> None:
     assert journal.read("web") is None
     journal.write(ENTRY)

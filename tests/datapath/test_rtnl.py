@@ -36,3 +36,14 @@ def test_a_refusal_says_why() -> None:
             set_link(rtnl, loopback.index, u32(4, 0xFFFFFFFF))  # IFLA_MTU
         with pytest.raises(NetlinkError, match="No such device"):
             set_link(rtnl, 0x7FFFFFF0)
+
+
+def test_numbers_are_those_of_pyroute2() -> None:
+    from pyroute2 import netlink
+    from pyroute2.netlink import rtnl as library
+
+    from isolator.datapath import rtnl
+
+    ours = {name: number for name, number in vars(rtnl).items() if name.startswith(("NLM_F_", "RTM_"))}
+    theirs = {name: vars(library).get(name, vars(netlink).get(name)) for name in ours}
+    assert len(ours) == 20 and ours == theirs

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from isolator.datapath.ring import packet_socket
-from isolator.datapath.sender import Sender, SenderError
+from isolator.datapath.sender import Sender
 from tests.datapath.ring_testbed import Net, ip, nets, pair
 
 pytestmark = pytest.mark.root
@@ -96,6 +96,7 @@ def test_a_port_that_is_down_gone_or_unknown(net: Net, sender: Sender) -> None:
 
 def test_an_ifindex_that_comes_back_is_added_again(net: Net, sender: Sender) -> None:
     port = net.ifindex("port0")
+    assert sender.send(port, FRAME)
     ip("-n", net.name, "link", "del", "port0")
     words = f"link add name port0 index {port} type veth peer name port1"
     ip("-n", net.name, *words.split())
@@ -106,12 +107,25 @@ def test_an_ifindex_that_comes_back_is_added_again(net: Net, sender: Sender) -> 
     assert sender.send(port, FRAME)
 
 
-def test_adding_what_is_not_there_is_an_error(sender: Sender) -> None:
-    with pytest.raises(SenderError, match=r"interface 12345: .*No such device"):
-        sender.add(12345)
+def test_a_port_that_was_added_and_is_not_there(sender: Sender) -> None:
+    sender.add(12345)
+    assert not sender.send(12345, FRAME)
+    assert sender.errors == {errno.ENODEV: 1}
+
+
+def test_a_port_has_a_socket_from_its_first_frame_until_it_is_removed(net: Net, sender: Sender) -> None:
+    """Closed one after the other, 200 of them keep a process that was killed from ending for seconds."""
+    port = net.ifindex("port0")
+    sender.add(net.ifindex("port1"))
+    assert not sender._sockets
+    sender.send(port, FRAME)
+    assert list(sender._sockets) == [port]
+    sender.remove(port)
+    assert not sender._sockets
 
 
 def test_the_sender_s_socket_receives_nothing(net: Net, sender: Sender) -> None:
+    sender.send(net.ifindex("port0"), FRAME)
     (sock,) = sender._sockets.values()
     with Sender(functools.partial(packet_socket, net.netns)) as other:
         other.add(net.ifindex("port1"))
