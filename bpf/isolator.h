@@ -194,6 +194,7 @@ enum owner { OWNER_KERNEL = 0, OWNER_BUSY = 1, OWNER_PYTHON = 2, OWNER_CLOSED = 
 #define WINDOW_TO(window) ((__u32)((window) >> 32))
 
 /* One direction of an inspected flow. On the client's half `record` is the last accepted message's bytes.
+ * Where it begins at `next` it is what follows, held and acknowledged in the other end's name.
  * On the server's half it is the beginning of the answer that begins at record_seq: there the kernel fills
  * it (record_len 0 → n) from the first segment that starts at record_seq. */
 #define MODE_OPAQUE 6 /* nothing that follows is read */
@@ -242,7 +243,7 @@ enum flow7_op {
 	FLOW7_DELETE = 3, /* forget the flow and give its place back */
 	FLOW7_OPEN = 4,   /* open one half's gate */
 };
-#define COMMIT_RECORD 1 /* record[record_seq, +record_len) replaces the half's record */
+#define COMMIT_RECORD 1 /* record[record_seq, +record_len) replaces the half's record, if it is in use no more */
 #define COMMIT_WINDOW 2 /* window is added */
 #define COMMIT_MARK 4   /* the answer begins where the other half stands now */
 #define COMMIT_FIN 8    /* the half ends at next */

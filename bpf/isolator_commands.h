@@ -53,6 +53,8 @@ static __always_inline __u32 commit(struct half *half, struct half *other, struc
 			commit_record(half, c);
 		else
 			WRITE_ONCE(half->record_len, 0); /* it is another message's */
+	} else if (c->flags & COMMIT_RECORD && half->acked == c->next) {
+		commit_record(half, c); /* held bytes: what an agent that dies has acknowledged, the next one needs */
 	}
 	if (c->flags & COMMIT_WINDOW && c->window_to - c->window_from <= WINDOW_BYTES_MAX) {
 		WRITE_ONCE(half->windows[half->window_at & (WINDOWS_MAX - 1)], WINDOW(c->window_from, c->window_to));

@@ -196,11 +196,17 @@ static __always_inline int in_window(const struct half *client, __u32 start, __u
 	return 0;
 }
 
+/* Bytes that the client need not send again are with Python alone: without them what follows is worth nothing. */
+static __always_inline int is_held(const struct half *client)
+{
+	return client->record_len && client->record_seq == WORD_NEXT(client->word);
+}
+
 /* Something that only Python can decide. */
 static __always_inline int needs_python(struct flow7 *f, struct half *client, int reason)
 {
 	if (!agent_is_up()) {
-		if (!(f->flags & FLOW_FAIL_OPEN))
+		if (!(f->flags & FLOW_FAIL_OPEN) || is_held(client))
 			return STEP_DROP | REASON_AGENT_DOWN;
 		f->flags |= FLOW_PASSED_OPEN;
 		return STEP_FORWARD;

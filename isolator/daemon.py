@@ -102,6 +102,7 @@ class Agent:
         self._endpoints = Endpoints(
             self._runtime, self._node, self._policy, self._roster, self._admission, self._work,
             self._changing, self._inspector.forget_endpoint,
+            hand_over=lambda number: self._node.forwarder.release(number),
         )  # fmt: skip
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []

@@ -188,7 +188,8 @@ class Managed:
 class Endpoints:
     """All endpoints by name. `lock`: the agent's lock of changes; a reload holds it too, and calls `configure`.
 
-    `forget_flows(number)`: what Python knows of an endpoint's connections goes with the endpoint.
+    `forget_flows(number)`: what Python knows of an endpoint's connections goes with the endpoint. `hand_over(number)`:
+    what it holds of them goes to their ends, before the endpoint gets its network back.
     """
 
     def __init__(
@@ -202,10 +203,11 @@ class Endpoints:
         lock: asyncio.Lock,
         forget_flows: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
+        hand_over: Callable[[int], None] = lambda number: None,
     ) -> None:
         self._runtime, self._kernel, self._policy = runtime, kernel, policy
         self._roster, self._gate, self._work, self._lock = roster, gate, work, lock
-        self._forget_flows, self._clock = forget_flows, clock
+        self._forget_flows, self._clock, self._hand_over = forget_flows, clock, hand_over
         self._managed: dict[str, Managed] = {}
         self._last_number = 0
         self._stopping = False
@@ -425,6 +427,8 @@ class Endpoints:
         if managed.splice is not None and effect is not Effect.NOTHING:
             work = self._kernel.release if effect is Effect.RELEASE else self._kernel.lose
             try:
+                if effect is Effect.RELEASE:
+                    self._hand_over(managed.number)
                 await self._work(work, managed.splice, managed.number)
             except Exception as error:  # what is lost is lost: the endpoint must not stay where it was
                 if effect is Effect.RELEASE:

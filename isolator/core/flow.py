@@ -145,14 +145,17 @@ class Flow:
         self.stream = Reassembler(client.next, HELD_MAX)
         self.dissector = RequestDissector(Mode(client.mode), client.remaining)
         self.record = Record()
-        if client.record:
+        self.promised: int | None = None  # held bytes up to here were acknowledged in the server's name
+        if client.record and client.record_seq == client.next:
+            self.stream.insert(client.next, client.record)
+            self.promised = (client.next + len(client.record)) & 0xFFFFFFFF
+        elif client.record:
             self.record.append(client.record_seq, client.record)
         self.windows: deque[tuple[int, int]] = deque(client.windows)
         self.acked = client.acked
         self.fin_at: int | None = None  # where the client's FIN stands
         self.held_since: float | None = None
         self.more = False  # held bytes that were not read for want of time
-        self.promised: int | None = None  # held bytes up to here were acknowledged in the server's name
         # the client's newest frame (isolator.core.segments)
         self.template: SegmentTemplate | None = None
         self.timestamps: tuple[int, int] | None = None
@@ -161,7 +164,7 @@ class Flow:
 
         # the answers
         self.requests = 0  # allowed so far
-        fresh = client.acked == client.next and not client.record and not pinned.server.record
+        fresh = client.acked == client.next and not self.record and not pinned.server.record
         self.unanswered: list[str] | None = (
             [] if fresh else None
         )  # methods since the mark; None: nobody knows

@@ -35,6 +35,7 @@ ACK_AFTER = 0.02  # s; an incomplete head is acknowledged then, or Nagle's algor
 HEAD_WITHIN = 60.0  # s; a head that takes longer ends the connection
 RESEND_AFTER = 0.3  # s, doubled each time: bytes acknowledged in the server's name are ours to deliver
 RESENDS_MAX = 8
+LEAVE_WITHIN = 1.0  # s that a restore may take; one that failed goes on as before then
 UNANSWERED_MAX = 1024  # requests whose answers are followed; of more, nobody knows where they end
 PROMISE_WINDOW = 1024  # unscaled, in acknowledgements in the server's name: what follows has to be held
 REPORTS_PER_SECOND = 100.0  # records of allowed requests; all are counted, the others always recorded
@@ -55,6 +56,7 @@ class Inspector:
         self._reports, self._reported = REPORTS_BURST, 0.0
         self._policies: dict[int, Mapping[int, Profile]] = {}  # by generation
         self._judge = Judge()
+        self._leaving: dict[int, float] = {}  # endpoints → until when nothing more is promised for them
         self.generation = 0
         self.prepare_policy(profiles, generation)
 
@@ -114,6 +116,7 @@ class Inspector:
 
     def forget_endpoint(self, number: int) -> None:
         """Its flows are no more; another endpoint may get the number."""
+        self._leaving.pop(number, None)
         for flow in self.flows:
             if flow.endpoint == number:
                 self.forget(flow)
@@ -135,8 +138,10 @@ class Inspector:
     def resume(self, flow: Flow, pinned: FlowState, now: float) -> list[Command]:
         """What a Read brought."""
         self.committed(flow, pinned.client.acked)
-        commands = self._deliver(flow, now) if flow.state is State.OPEN else closing.resume(flow, pinned, now)
-        return self._scheduled(flow, commands)
+        if flow.state is not State.OPEN:
+            return self._scheduled(flow, closing.resume(flow, pinned, now))
+        act = self._deliver if flow.held_since is None else self._promise
+        return self._scheduled(flow, act(flow, now))
 
     # -- frames ---------------------------------------------------------------------------------------------
 
@@ -373,16 +378,43 @@ class Inspector:
             return [] if flow.promised is None else [Read(flow)]
         if now - flow.held_since > HEAD_WITHIN:
             return closing.abort(flow, DropReason.HTTP_TOO_LONG, now)
-        end = (flow.next + len(flow.stream.data)) & _MASK
-        if flow.stream.data and any(seq_lt(flow.acked, stop) for _, stop in flow.windows):
-            # bytes of a granted body may be missing: nobody vouches for those
-            flow.wake_at = now + RESEND_AFTER
-            return [Read(flow)]
         flow.wake_at = now + HEAD_WITHIN / 4
-        if flow.promised == end or not flow.stream.data:
+        return [Read(flow)] if self._to_promise(flow) else []
+
+    def _to_promise(self, flow: Flow) -> int | None:
+        """Up to where held bytes should be acknowledged; None: they are, or there are none."""
+        end = (flow.next + len(flow.stream.data)) & _MASK
+        return end if flow.stream.data and flow.promised != end else None
+
+    def _promise(self, flow: Flow, now: float) -> list[Command]:
+        """Pins what is held, then acknowledges it: from there on the client need not send it again."""
+        end = self._to_promise(flow)
+        if end is None or now < self._leaving.get(flow.endpoint, 0.0):
+            return []
+        if flow.acked != flow.next:
+            # bytes of a granted body may be missing, and nobody vouches for those; and the record is in use
+            flow.wake_at = now + (RESEND_AFTER if flow.windows else ACK_AFTER)
             return []
         flow.promised = end
-        return [to_client(flow, flow.client_at, end, b"", ACK, PROMISE_WINDOW)]
+        pinned = Commit(flow, flow.next, flow.next, bytes(flow.stream.data))
+        return [pinned, to_client(flow, flow.client_at, end, b"", ACK, PROMISE_WINDOW)]
+
+    def release(self, endpoint: int, now: float) -> list[Command]:
+        """Its container is about to get its network back: what only Python still holds goes to the server, undecided
+        as what follows it, and nothing more is acknowledged here. A head that was read in part is none yet."""
+        self._leaving[endpoint] = now + LEAVE_WITHIN
+        commands: list[Command] = []
+        for flow in self.flows:
+            held = bytes(flow.stream.data)
+            if (
+                flow.endpoint == endpoint
+                and flow.state is State.OPEN
+                and flow.promised
+                and held
+                and flow.template
+            ):
+                commands += to_server(flow, flow.next, held, PSH | ACK)
+        return commands
 
     def _deliver(self, flow: Flow, now: float) -> list[Command]:
         """What was promised to the client must reach the server: sent again until the server says so."""

@@ -120,6 +120,11 @@ class Forwarder:
                 self._failed(error)
                 self._inspector.forget(flow)
 
+    def release(self, endpoint: int) -> None:
+        """Before its container gets its network back: hands over what is held."""
+        now = time.time()
+        self._do(self._inspector.release(endpoint, now), None, now)
+
     def _drop(self, frame: Frame, error: Exception) -> None:
         """A frame that Python failed on, and what was believed of its flow."""
         self._failed(error)

@@ -52,6 +52,17 @@ def test_without_the_agent_and_failing_open(b: Bench) -> None:
     assert str(c.client("PA", c.at(END), S, HEAD)) == "container"  # its boundary is lost
 
 
+def test_without_the_agent_nothing_overtakes_what_it_holds_even_failing_open(b: Bench) -> None:
+    """The client need not send it again: without it the server waits for ever."""
+    b.policy([replace(entry, flags=4) for entry in POLICY])
+    c = Conversation(b).handshake()
+    c.commit(0, record=(c.start, HEAD[:10]))
+    b.agent(up=False)
+    assert str(c.client("PA", c.at(10), S, HEAD[10:])) == "drop AGENT_DOWN"
+    b.agent(up=True)
+    assert str(c.client("PA", c.at(10), S, HEAD[10:])) == "punt PAYLOAD"
+
+
 # -- policy, quota ---------------------------------------------------------------------------------------
 
 

@@ -252,6 +252,18 @@ def test_another_message_takes_the_records_place(c: Conversation) -> None:
     assert str(c.client("PA", c.start, S, HEAD)) == "punt PAYLOAD"
 
 
+def test_held_bytes_take_the_place_of_a_record_that_is_acknowledged(c: Conversation) -> None:
+    c.allow_head()
+    assert c.commit(END, record=(c.at(END), b"GET"))
+    assert (c.half.record_seq, c.half.record) == (c.start, HEAD), "still in use"
+    c.server("A", S, c.at(END))
+    assert c.commit(END, record=(c.at(END), b"GET"))
+    assert (c.half.record_seq, c.half.record) == (c.at(END), b"GET")
+    assert str(c.client("PA", c.at(END), S, b"GET")) == "punt PAYLOAD", "held, not let through"
+    c.commit(END + 3)
+    assert c.half.record == b""
+
+
 def test_asking_whether_the_flow_is_still_the_same_changes_nothing(c: Conversation) -> None:
     c.allow_head()
     before = c.flow
