@@ -3,7 +3,7 @@
 #   make test    lint and all tests
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages machine absent bpf demo test lint starts operations containers bench lock clean
+.PHONY: help setup packages machine absent bpf demo test lint starts operations containers bench bench-life lock clean
 
 ARCH := $(shell uname -m | sed 's/x86_64/x86/; s/aarch64/arm64/')
 OBJECTS := isolator/datapath/objects
@@ -62,6 +62,9 @@ containers: machine setup bpf
 
 bench: machine setup bpf
 	.venv/bin/python -m benchmarks quick
+
+bench-life: machine setup bpf
+	.venv/bin/python -m benchmarks life
 
 # The versions of everything that is installed; renew it with `make lock` after a change in pyproject.toml.
 lock: setup

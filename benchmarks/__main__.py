@@ -1,4 +1,5 @@
 """`python -m benchmarks quick [--json]`: Isolator and HAProxy in the same place, beside the direct path.
+`python -m benchmarks life [--json]`: what the agent's life costs those who are connected (benchmarks.life).
 
     direct    client ─── plain          two containers that nobody protects
     isolator  web ─────── api           two endpoints, through the agent's policy
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.life import life, met, print_life
 from isolator.lab import ALLOWED, API, DENIED, NGINX, PREFIX, Lab, wait_for
 
 ROUNDS = 5
@@ -255,20 +257,25 @@ def quick() -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("set", choices=("quick",))
+    parser.add_argument("set", choices=("quick", "life"))
     parser.add_argument("--json", action="store_true", dest="as_json")
     arguments = parser.parse_args()
-    told = quick()
+    make, show = (quick, print_quick) if arguments.set == "quick" else (life, print_life)
+    told = make()
     if arguments.as_json:
         print(json.dumps(told, indent=1))
-        return 0
+    else:
+        show(told)
+    return int(not all(map(met, told)))
+
+
+def print_quick(told: list[Row]) -> None:
     print(f"{'suite':<9} {'system':<9} {'metric':<11} {'value':>12} {'unit':<7} {'to direct':>9}")
     for row in told:
         print(
             f"{row['suite']:<9} {row['system']:<9} {row['metric']:<11} {row['value']:>12} {row['unit']:<7}"
             f" {row['ratio_to_direct'] or '-':>9}"
         )
-    return 0
 
 
 if __name__ == "__main__":

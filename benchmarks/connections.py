@@ -146,7 +146,9 @@ class Connection:
         while b"\r\n\r\n" not in seen:
             seen += self._read()
         head, _, body = seen.partition(b"\r\n\r\n")
-        length = int(head.lower().partition(b"content-length:")[2].split()[0]) if b"101" not in head[:12] else 0
+        length = (
+            int(head.lower().partition(b"content-length:")[2].split()[0]) if b"101" not in head[:12] else 0
+        )
         while len(body) < length:
             body += self._read()
         return int(head.split()[1]), body

@@ -1,7 +1,7 @@
 """What goes on while the agent hangs (SIGSTOP), and what after it: the table of invariant 11.
 
-    established connections ─ SIGSTOP ─ a request within the bound ─ the heartbeat's bound is over ─
-    everything else ─ SIGCONT ─ what waited
+established connections ─ SIGSTOP ─ a request within the bound ─ the heartbeat's bound is over ─
+everything else ─ SIGCONT ─ what waited
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 from benchmarks.connections import BODY, DENIED_PORT, HALF, LAYER4, Connection, Layer4, Lost, MidBody, request
+from isolator.daemon import BEAT_EVERY
 from isolator.datapath.netns import Netns
 from isolator.datapath.node import HEARTBEAT_MAX
 from isolator.lab import API, PREFIX, Lab
@@ -93,6 +94,8 @@ def hang(lab: Lab, failure: str) -> list[Seen]:
     }
     for what, (connection, before) in after.items():
         told[what] = answer(connection, 20) if before == "waits" else "-"
+    lab.wait_ready()
+    time.sleep(2 * BEAT_EVERY)  # until then the heartbeat is as old as it was
     told["SIGCONT: idle connection, first request"] = asks(idle, request())
     told["SIGCONT: idle connection, then a forbidden one"] = asks(idle, FORBIDDEN)
     last = Quiet()

@@ -255,11 +255,7 @@ class Node:
             self.forget(number)
 
     def _put_back(self, splice: Splice) -> None:
-        with self._netns.entered():
-            for ifindex in (splice.container_port, splice.network_port):
-                with contextlib.suppress(OSError, DatapathError):
-                    self.datapath.detach(ifindex)
-        self.splicer.restore(splice.name)
+        self.splicer.restore(splice.name)  # programs go with the ports, at the last moment
         for ifindex in (splice.container_port, splice.network_port):
             self.datapath.delete_port(ifindex)
 

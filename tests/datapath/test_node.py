@@ -11,11 +11,11 @@ import pytest
 
 from isolator.core.inspector import Inspector
 from isolator.datapath.abi import flow_key, mapped
-from isolator.datapath.attach import XdpMode, attached_xdp
+from isolator.datapath.attach import XdpMode, attached_tc, attached_xdp
 from isolator.datapath.bpf import unpin
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.journal import Journal
-from isolator.datapath.netns import SpliceError
+from isolator.datapath.netns import Netns, SpliceError
 from isolator.datapath.node import Names, Node
 from isolator.datapath.splice import InterfaceMissingError, Splicer, SpliceRequest
 from tests.datapath import splice_lab as lab
@@ -152,3 +152,19 @@ def test_a_splice_whose_journal_is_lost_is_not_spliced_again(names: Names) -> No
                 made.protect(WEB, 8)
             assert len(lab.run(f"ip -n {lab.ISOLATOR} -br link").splitlines()) == 1 + 2 + 2
         made.protect(SpliceRequest("api", lab.B), 8)
+
+
+def test_packets_pass_until_the_ports_go(names: Names) -> None:
+    """A restore first writes down what there is, and the link need not be dark for that."""
+    with node(names) as made:
+        splice = made.protect(WEB, 7)
+        seen = {}
+
+        def look(stage: str) -> None:
+            if stage == "remove":
+                with Netns(names.netns) as netns, netns.entered():
+                    seen.update({port: attached_tc(port) for port in made.ports[7]})
+
+        made.splicer.before = look
+        made.release(splice, 7)
+    assert len(seen) == 2 and None not in seen.values()
