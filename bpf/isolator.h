@@ -10,7 +10,7 @@
 #ifndef ISOLATOR_H
 #define ISOLATOR_H
 
-#define ISOLATOR_LAYOUT 2 /* raise it with every change of a map's key or value */
+#define ISOLATOR_LAYOUT 3 /* raise it with every change of a map's key or value */
 
 /* Bounds; each has a drop reason for when it is reached. */
 #define PORTS_MAX 8192
@@ -78,6 +78,7 @@ enum drop_reason {
 	REASON_AGENT_DOWN = 40,
 	REASON_SNAPLEN = 41,
 	REASON_INTERNAL = 42,
+	REASON_UPGRADE = 43, /* inspected flows are on their way into maps of another layout */
 	/* layer 7, Python only */
 	REASON_HTTP_DENY = 48,      /* a rule says deny */
 	REASON_HTTP_NO_RULE = 49,   /* no rule allows the request */
@@ -308,6 +309,7 @@ struct drop_counter {
 struct control {
 	__u64 heartbeat;     /* CLOCK_MONOTONIC, ns; written by the agent */
 	__u64 heartbeat_max; /* older than this: the agent is down */
+	__u64 frozen_until;  /* CLOCK_MONOTONIC, ns; until then no inspected flow changes: its packets are dropped */
 	__u32 need_wakeup;   /* Python sleeps: ring the doorbell once */
 	__u32 generation;    /* the policy in force */
 	__u32 punt_ifindex;  /* frames for Python are redirected to this */

@@ -53,6 +53,15 @@ static __always_inline struct control *the_control(void)
 	return bpf_map_lookup_elem(&control, &zero);
 }
 
+/* While an upgrade copies the inspected flows none of them may change. The bound is a time, so that an agent that
+ * dies over it leaves nothing frozen. */
+static __always_inline int is_frozen(void)
+{
+	struct control *c = the_control();
+
+	return !c || (c->frozen_until && bpf_ktime_get_ns() < c->frozen_until);
+}
+
 /* CLOCK_MONOTONIC at tick resolution: enough for ages, and a tenth of the price. */
 static __always_inline __u64 now_ns(void)
 {

@@ -5,7 +5,8 @@
  *   port → headers → MAC → ARP and neighbour discovery | ICMP error | flow
  *   flow: flows4 settled? → flows7? → policy → forward · drop · punt to Python
  *
- * isolator_tc      clsact ingress of both ports of a splice
+ * isolator_port    clsact ingress of both ports of a splice; goes on to what `classifier` holds
+ * isolator_tc      that is
  * isolator_doorbell clsact ingress behind the ring, wakes Python
  * isolator_flow7   syscall, see isolator_commands.h
  */
@@ -370,7 +371,7 @@ static __always_inline int new_flow7(struct __sk_buff *skb, struct context *c, c
 				     const struct flow_key *key, const struct packet *p, const struct decision *d)
 {
 	struct flow7 *f;
-	int reason = open_flow7(key, d, c->generation);
+	int reason = is_frozen() ? REASON_UPGRADE : open_flow7(key, d, c->generation);
 
 	if (reason)
 		return drop(c, key, reason);
@@ -473,6 +474,8 @@ static __noinline int flow(struct __sk_buff *skb, struct context *c, const struc
 	}
 	if (!f4 && p->protocol == IPPROTO_TCP) {
 		f7 = bpf_map_lookup_elem(&flows7, &key);
+		if (f7 && is_frozen())
+			return drop(c, &key, REASON_UPGRADE);
 		if (f7 && (f7->flags & FLOW_PLAIN) && is_first_syn(p) && f7->initiator == c->direction) {
 			forget(&key); /* what was let go unread lets no other connection go */
 			f7 = 0;
@@ -535,6 +538,22 @@ int isolator_tc(struct __sk_buff *skb)
 		return drop(&c, &none, REASON_MALFORMED);
 	none.endpoint = port->endpoint;
 	return classify(skb, port, &c, &none);
+}
+
+/* The program that every port runs: one store changes it on all of them, and what it uses says which layout is in
+ * force. It belongs to no layout. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(__u32));
+	__uint(max_entries, 1);
+} classifier SEC(".maps");
+
+SEC("tc")
+int isolator_port(struct __sk_buff *skb)
+{
+	bpf_tail_call(skb, &classifier, 0);
+	return TC_ACT_SHOT; /* never: it is filled before a port is attached */
 }
 
 SEC("tc")

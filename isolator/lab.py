@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isolator.datapath.bpf import unpin
 from isolator.datapath.netns import unpin_netns
 from isolator.datapath.node import Names
+from isolator.datapath.pins import unpin
 
 STATE = Path("/run/isolator-demo-lab")  # its own: an agent that follows the README is left alone
 PREFIX = "isodemo"

@@ -71,6 +71,7 @@ class DropReason(IntEnum):
     AGENT_DOWN = 40
     SNAPLEN = 41
     INTERNAL = 42
+    UPGRADE = 43
     HTTP_DENY = 48
     HTTP_NO_RULE = 49
     HTTP_MALFORMED = 50

@@ -14,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from isolator.core.model import Direction, DropReason, FlowFlag, Owner, PuntReason, Side, Verdict
 
-LAYOUT_VERSION = 2  # ISOLATOR_LAYOUT
+LAYOUT_VERSION = 3  # ISOLATOR_LAYOUT
 RECORD_MAX = 1460
 WINDOWS_MAX = 4
 WINDOW_BYTES_MAX = 1 << 30
@@ -105,7 +105,7 @@ EVENT = Layout(
 DROP_COUNTER = Layout("drop_counter", packets="Q", bytes="Q", last_event="Q")
 CONTROL = Layout(
     "control",
-    heartbeat="Q", heartbeat_max="Q", need_wakeup="I", generation="I", punt_ifindex="I", pad="4x",
+    heartbeat="Q", heartbeat_max="Q", frozen_until="Q", need_wakeup="I", generation="I", punt_ifindex="I", pad="4x",
 )  # fmt: skip
 
 LAYOUTS = (

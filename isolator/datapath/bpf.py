@@ -6,8 +6,8 @@ devices, `set_…` and `write_policy` fill the maps, and the readers at the end 
 
 from __future__ import annotations
 
-import ctypes
-import platform
+import contextlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -36,9 +36,10 @@ from isolator.datapath.doorbell import Control
 from isolator.datapath.events import EventReader
 from isolator.datapath.flow7 import FlowCommands
 from isolator.datapath.libbpf import BpfError, Object
-from isolator.datapath.maps import Map
-from isolator.datapath.pins import PinFolder, copy_entries, is_private, remove_folder
+from isolator.datapath.maps import Map, wait_for_readers
+from isolator.datapath.pins import CLASSIFIER, SLOT, PinFolder, is_laid_out, remove_folder
 from isolator.datapath.preflight import require_bpffs
+from isolator.datapath.upgrade import upgrade
 
 OBJECTS = Path(__file__).parent / "objects"
 TC_OBJECT, XDP_OBJECT = "isolator_tc.bpf.o", "isolator_xdp.bpf.o"
@@ -46,8 +47,6 @@ FLOWS7_QUOTA = 8192  # inspected flows of one endpoint, unless told otherwise
 # A program that takes fragments must not run as generic XDP: tc then sees frames without Ethernet header
 # (kernel 6.18; tests/bpf/test_xdp.py shows it).
 _XDP_PROGRAM = {XdpMode.NATIVE: "isolator_xdp", XdpMode.GENERIC: "isolator_xdp_generic"}
-_MEMBARRIER = {"x86_64": 324, "aarch64": 283}  # __NR_membarrier
-_MEMBARRIER_GLOBAL = 1
 
 Prefix = tuple[bytes, int]  # 16 bytes, bits of them
 
@@ -95,6 +94,7 @@ class Datapath:
         self.maps = maps
         self.commands = FlowCommands(tc.program_fd("isolator_flow7"))
         self.control = Control(self.control_fd)
+        self.control.frozen_until = 0  # of an upgrade that came to nothing
         self._addresses: dict[int, set[bytes]] = {}
         for key in maps["addresses"].keys():  # noqa: SIM118 - no dict
             self._addresses.setdefault(_endpoint_of(key), set()).add(key[4:])
@@ -106,19 +106,18 @@ class Datapath:
     def open(cls, pins: Path, objects: Path = OBJECTS) -> Self:
         """Load, and adopt what is pinned below `pins`; maps that are not there are made and pinned.
 
-        Programs that are attached already run on until `attach_…` replaces them. Raises a DatapathError.
+        Maps of another layout are moved. The ports run this version's tc program from then on, whatever they ran
+        before, XDP once `attach_…` replaces it. Raises a DatapathError.
         """
         require_bpffs(pins)
         tc = Object.open(objects / TC_OBJECT)
         xdp = None
         try:
             xdp = Object.open(objects / XDP_OBJECT)
-            folder = PinFolder(pins, tc.definitions())
-            maps = _load(tc, xdp, folder)
-            if folder.fresh and (old := folder.predecessor()):
-                copy_entries(old, maps)
-            folder.finish()
-            return cls(tc, xdp, folder, maps)
+            made = cls(tc, xdp, *lay_out(tc, xdp, pins))
+            if made._folder.predecessor:
+                made.count_flows7()
+            return made
         except BaseException:
             for item in (tc, xdp):
                 if item:
@@ -138,15 +137,22 @@ class Datapath:
         self.close()
 
     def remove_other_layouts(self) -> None:
-        """Unpin maps of other versions. Call it when every port has the new programs."""
+        """Unpin maps of other versions."""
         for path in self._folder.others():
             remove_folder(path)
+
+    def renew_ports(self, xdp: XdpMode) -> None:
+        """After a change of layout: XDP programs of the old one go from every port, adopted or not."""
+        if self._folder.others():
+            for ifindex in self.ports():
+                with contextlib.suppress(BpfError):  # it is gone; or whoever adopts it is told
+                    self.attach_port(ifindex, xdp)
 
     # -- programs on devices -----------------------------------------------------------------------------
 
     def attach_port(self, ifindex: int, xdp: XdpMode = XdpMode.OFF) -> None:
         """Classify what arrives at a port. Replaces another version's program in one step."""
-        attach.attach_tc(ifindex, self._objects[0].program_fd("isolator_tc"))
+        attach.attach_tc(ifindex, self._objects[0].program_fd("isolator_port"))
         if xdp is XdpMode.OFF:
             attach.detach_xdp(ifindex)
         else:
@@ -180,6 +186,14 @@ class Datapath:
             return
         used = sum(1 for key in self.maps["flows7"].keys() if key[:4] == _number(endpoint))  # noqa: SIM118
         self.maps["endpoints"].update(_number(endpoint), ENDPOINT.struct.pack(used, flows7_max))
+
+    def count_flows7(self) -> None:
+        """Quotas give back what an upgrade found no place for."""
+        used = Counter(_endpoint_of(key) for key in self.maps["flows7"].keys())  # noqa: SIM118
+        for key, value in list(self.maps["endpoints"].items()):
+            told, limit = ENDPOINT.struct.unpack(value)
+            if told > used[_endpoint_of(key)]:
+                self.maps["endpoints"].update(key, ENDPOINT.struct.pack(used[_endpoint_of(key)], limit))
 
     def flows7_used(self, endpoint: int) -> int:
         value = self.maps["endpoints"].lookup(_number(endpoint))
@@ -327,35 +341,30 @@ class Datapath:
         return self.maps["doorbell"].fd
 
     def program_fd(self, name: str) -> int:
-        """Of isolator_tc, isolator_doorbell, isolator_flow7, isolator_xdp or isolator_xdp_generic."""
+        """Of isolator_port, isolator_tc, isolator_doorbell, isolator_flow7, isolator_xdp or isolator_xdp_generic."""
         return next(item for item in self._objects if name in item.programs).program_fd(name)
 
 
-def unpin(pins: Path) -> None:
-    """Take all pins of an agent away, of every layout."""
-    if pins.is_dir():
-        for path in list(pins.iterdir()):
-            remove_folder(path)
-        pins.rmdir()
-
-
-def wait_for_readers() -> None:
-    """Return when no program runs any more that began before: membarrier(2) waits for an RCU grace period.
-
-    Programs read the generation once and look entries up later; those of the old one must stay until then.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(_MEMBARRIER[platform.machine()], _MEMBARRIER_GLOBAL, 0, 0):
-        raise BpfError("membarrier failed", ctypes.get_errno())
-
-
-def _load(tc: Object, xdp: Object, folder: PinFolder) -> dict[str, Map]:
+def lay_out(tc: Object, xdp: Object, pins: Path) -> tuple[PinFolder, dict[str, Map]]:
+    """Load both onto the layout of their maps, fill it from another one that is in force, and put it in force."""
+    folder = PinFolder(pins, tc.definitions())
+    tc.pin(CLASSIFIER, folder.classifier)
     for item in (tc, xdp):
         for definition in item.definitions():
-            if not is_private(definition.name):
+            if is_laid_out(definition.name):
                 item.pin(definition.name, folder.path / definition.name)
         item.load()
-    return {d.name: Map(tc.map_fd(d.name), d) for d in tc.definitions() if not is_private(d.name)}
+    maps = {d.name: Map(tc.map_fd(d.name), d) for d in tc.definitions() if is_laid_out(d.name)}
+    classifier = Map.of(tc.map_fd(CLASSIFIER), CLASSIFIER)
+
+    def switch() -> None:
+        classifier.update(SLOT, _number(tc.program_fd("isolator_tc")))
+
+    if folder.predecessor:
+        upgrade(folder.predecessor, maps, switch)
+    else:
+        switch()
+    return folder, maps
 
 
 def _prefix(network: Prefix | IPv4Network | IPv6Network) -> Prefix:

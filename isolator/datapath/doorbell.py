@@ -91,6 +91,15 @@ class Control:
         self._longs[_HEARTBEAT_MAX] = age
 
     @property
+    def frozen_until(self) -> int:
+        """CLOCK_MONOTONIC in ns; until then no inspected flow changes: its packets are dropped."""
+        return self._longs[_FROZEN_UNTIL]
+
+    @frozen_until.setter
+    def frozen_until(self, until: int) -> None:
+        self._longs[_FROZEN_UNTIL] = until
+
+    @property
     def need_wakeup(self) -> bool:
         """Python sleeps, or is about to: ring the doorbell once."""
         return self._words[_NEED_WAKEUP] != 0
@@ -127,6 +136,7 @@ class Control:
 
 _HEARTBEAT = CONTROL.offsets["heartbeat"] // 8
 _HEARTBEAT_MAX = CONTROL.offsets["heartbeat_max"] // 8
+_FROZEN_UNTIL = CONTROL.offsets["frozen_until"] // 8
 _NEED_WAKEUP = CONTROL.offsets["need_wakeup"] // 4
 _GENERATION = CONTROL.offsets["generation"] // 4
 _PUNT_IFINDEX = CONTROL.offsets["punt_ifindex"] // 4

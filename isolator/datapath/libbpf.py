@@ -24,6 +24,7 @@ from typing import Any, Self
 from isolator.datapath.errors import DatapathError
 
 LOG_BYTES = 1 << 18  # room for the end of the verifier's log of a refused program
+MAPS_MAX = 64  # that one program uses (MAX_USED_MAPS, include/linux/bpf_verifier.h)
 LOG_LINES = 12  # of it shown in an error: the verdict stands at the end
 
 
@@ -53,6 +54,7 @@ class MapType(IntEnum):
 
     HASH = 1
     ARRAY = 2
+    PROG_ARRAY = 3
     PERCPU_HASH = 5
     PERCPU_ARRAY = 6
     LRU_HASH = 9
@@ -110,7 +112,9 @@ class TestRunOptions(ctypes.Structure):
     )
 
 
-class _MapInfo(ctypes.Structure):  # the beginning of struct bpf_map_info (linux/bpf.h)
+class MapInfo(ctypes.Structure):
+    """The beginning of struct bpf_map_info (linux/bpf.h)."""
+
     _fields_ = (
         ("type", c_uint32),
         ("id", c_uint32),
@@ -119,6 +123,29 @@ class _MapInfo(ctypes.Structure):  # the beginning of struct bpf_map_info (linux
         ("max_entries", c_uint32),
         ("map_flags", c_uint32),
         ("name", c_char * 16),
+        ("ifindex", c_uint32),
+        ("btf_vmlinux_value_type_id", c_uint32),
+        ("netns_dev", c_uint64),
+        ("netns_ino", c_uint64),
+        ("btf_id", c_uint32),  # 0: it was made without
+        ("btf_key_type_id", c_uint32),
+        ("btf_value_type_id", c_uint32),
+    )
+
+
+class _ProgramInfo(ctypes.Structure):  # the beginning of struct bpf_prog_info (linux/bpf.h)
+    _fields_ = (
+        ("type", c_uint32),
+        ("id", c_uint32),
+        ("tag", c_char * 8),
+        ("jited_prog_len", c_uint32),
+        ("xlated_prog_len", c_uint32),
+        ("jited_prog_insns", c_uint64),
+        ("xlated_prog_insns", c_uint64),
+        ("load_time", c_uint64),
+        ("created_by_uid", c_uint32),
+        ("nr_map_ids", c_uint32),
+        ("map_ids", c_uint64),
     )
 
 
@@ -145,6 +172,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_prog_test_run_opts": (c_int, (_FD, _POINTER)),
     "bpf_obj_get": (_FD, (_TEXT,)),
     "bpf_obj_pin": (c_int, (_FD, _TEXT)),
+    "bpf_prog_get_fd_by_id": (_FD, (c_uint32,)),
+    "bpf_btf_get_fd_by_id": (_FD, (c_uint32,)),
     "bpf_obj_get_info_by_fd": (c_int, (_FD, _POINTER, POINTER(c_uint32))),
     "bpf_map_lookup_elem": (c_int, (_FD, _POINTER, _POINTER)),
     "bpf_map_update_elem": (c_int, (_FD, _POINTER, _POINTER, c_uint64)),
@@ -291,12 +320,32 @@ def open_pin(path: Path) -> int:
     return check(library().bpf_obj_get(os.fsencode(path)), f"cannot open pin {path}")
 
 
-def map_definition(fd: int, name: str) -> MapDefinition:
-    """What the kernel says of a map. `name` because the kernel keeps 15 characters only."""
-    info = _MapInfo()
+def map_information(fd: int, name: str) -> MapInfo:
+    """What the kernel says of a map. `name` because the kernel keeps 15 characters only. Raises BpfError."""
+    info = MapInfo()
     length = c_uint32(ctypes.sizeof(info))
     check(library().bpf_obj_get_info_by_fd(fd, byref(info), byref(length)), f"cannot read about map {name}")
+    return info
+
+
+def map_definition(fd: int, name: str) -> MapDefinition:
+    """What must be equal for it to be the same map. Raises BpfError."""
+    info = map_information(fd, name)
     return MapDefinition(name, info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
+
+
+def maps_of(program_id: int) -> set[int]:
+    """The ids of the maps that a loaded program uses. Raises BpfError."""
+    fd = check(library().bpf_prog_get_fd_by_id(program_id), f"cannot open program {program_id}")
+    try:
+        ids = (c_uint32 * MAPS_MAX)()
+        info = _ProgramInfo(nr_map_ids=MAPS_MAX, map_ids=ctypes.addressof(ids))
+        length = c_uint32(ctypes.sizeof(info))
+        told = library().bpf_obj_get_info_by_fd(fd, byref(info), byref(length))
+        check(told, f"cannot read about program {program_id}")
+        return set(ids[: info.nr_map_ids])
+    finally:
+        os.close(fd)
 
 
 # -- running a program without a packet -------------------------------------------------------------------

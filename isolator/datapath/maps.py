@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import platform
 from collections.abc import Iterable, Iterator
 from ctypes import byref, c_uint32
+from itertools import islice
 from typing import Self, TypeVar
 
 from isolator.datapath.libbpf import (
@@ -23,6 +25,8 @@ from isolator.datapath.libbpf import (
 BATCH = 4096  # entries per batch call: bounds how long the kernel is busy at a stretch
 BATCH_BYTES = 1 << 20  # and the buffers for what it reads
 ANY, NOEXIST, EXIST = 0, 1, 2  # BPF_ANY … (linux/bpf.h)
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283}  # __NR_membarrier
+_MEMBARRIER_GLOBAL = 1
 _PER_CPU = (MapType.PERCPU_HASH, MapType.PERCPU_ARRAY)
 
 
@@ -86,39 +90,37 @@ class Map:
         """Every entry, read in batches (not for per-CPU maps). What changes meanwhile may come, or not."""
         room = max(1, min(BATCH, BATCH_BYTES // self.value_room, self.definition.max_entries))
         token, started = ctypes.create_string_buffer(max(self.definition.key_size, 4)), False
+        keys, values = self._room(room)
         while True:
-            keys, values, count, result = self._lookup_batch(token, started, room)
+            count = c_uint32(room)
+            result = library().bpf_map_lookup_batch(
+                self.fd, token if started else None, token, keys.obj, values.obj, byref(count), None
+            )
             if result == -errno.ENOSPC:  # a hash bucket longer than the room
                 room *= 2
+                keys, values = self._room(room)
                 continue
             if result not in (0, -errno.ENOENT):
                 raise self._error("batch lookup", result)
-            yield from self._cut(keys, values, count)
+            yield from self._cut(keys, values, count.value)
             if result:
                 return
             started = True
 
-    def _lookup_batch(
-        self, token: ctypes.Array[ctypes.c_char], started: bool, room: int
-    ) -> tuple[bytes, bytes, int, int]:
-        keys = ctypes.create_string_buffer(room * self.definition.key_size)
-        values = ctypes.create_string_buffer(room * self.value_room)
-        count = c_uint32(room)
-        result = library().bpf_map_lookup_batch(
-            self.fd, token if started else None, token, keys, values, byref(count), None
-        )
-        if result not in (0, -errno.ENOENT):
-            return b"", b"", 0, result
-        return keys.raw, values.raw, count.value, result
+    def _room(self, entries: int) -> tuple[memoryview, memoryview]:
+        """Buffers for so many keys and values."""
+        sizes = (self.definition.key_size, self.value_room)
+        keys, values = (memoryview(ctypes.create_string_buffer(size * entries)).cast("B") for size in sizes)
+        return keys, values
 
-    def _cut(self, keys: bytes, values: bytes, count: int) -> Iterator[tuple[bytes, bytes]]:
+    def _cut(self, keys: memoryview, values: memoryview, count: int) -> Iterator[tuple[bytes, bytes]]:
         k, v = self.definition.key_size, self.value_room
         for at in range(count):
-            yield keys[at * k : (at + 1) * k], values[at * v : (at + 1) * v]
+            yield bytes(keys[at * k : (at + 1) * k]), bytes(values[at * v : (at + 1) * v])
 
     def update_many(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
         """Batched. Raises BpfError; then some of the entries may be there."""
-        for chunk in _chunks(list(entries)):
+        for chunk in _chunks(entries):
             keys, values = b"".join(key for key, _ in chunk), b"".join(value for _, value in chunk)
             count = c_uint32(len(chunk))
             result = library().bpf_map_update_batch(self.fd, keys, values, byref(count), None)
@@ -127,7 +129,7 @@ class Map:
 
     def delete_many(self, keys: Iterable[bytes]) -> None:
         """Batched; keys that are not there do not matter."""
-        for chunk in _chunks(list(keys)):
+        for chunk in _chunks(list(keys)):  # all before the first goes: they may come from the map itself
             while chunk:
                 count = c_uint32(len(chunk))
                 result = library().bpf_map_delete_batch(self.fd, b"".join(chunk), byref(count), None)
@@ -153,6 +155,17 @@ class Map:
 _T = TypeVar("_T")
 
 
-def _chunks(entries: list[_T]) -> Iterator[list[_T]]:
-    for at in range(0, len(entries), BATCH):
-        yield entries[at : at + BATCH]
+def _chunks(entries: Iterable[_T]) -> Iterator[list[_T]]:
+    source = iter(entries)
+    while chunk := list(islice(source, BATCH)):
+        yield chunk
+
+
+def wait_for_readers() -> None:
+    """Return when no program runs any more that began before: membarrier(2) waits for an RCU grace period.
+
+    What a program read before it, such as a generation, it goes by until it ends.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(_MEMBARRIER[platform.machine()], _MEMBARRIER_GLOBAL, 0, 0):
+        raise BpfError("membarrier failed", ctypes.get_errno())

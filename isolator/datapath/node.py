@@ -102,6 +102,7 @@ class Node:
             self.datapath = stack.enter_context(Datapath.open(self.names.pins))
             with self._netns.entered():
                 punt_ifindex, ring_ifindex = punt_pair()
+                self.datapath.renew_ports(self.xdp)
                 self.datapath.attach_doorbell(ring_ifindex)
                 self.ring = stack.enter_context(Ring(packet_socket(), RING))
             self.doorbell = Doorbell(self.datapath.doorbell_fd)

@@ -1,10 +1,11 @@
-"""Where the maps are pinned, and what becomes of pins from another version.
+"""Where the maps are pinned, and which of several layouts is in force.
 
+    <folder>/classifier                                               the program that every port runs
     <folder>/v<ISOLATOR_LAYOUT>-<hash of the maps' definitions>/<map>
 
-The folder's name says what lies in it: equal names, equal maps. Such maps are adopted as they are.
-Another layout gets a folder of its own beside, made under a provisional name and renamed when it is complete;
-the old one goes once the new programs are attached.
+A layout's folder says by its name what lies in it: equal names, equal maps. In force is the one whose maps the program
+in `classifier` uses. Such maps are adopted as they are. Another layout gets a folder of its own beside, and comes into
+force by the one store that puts its program there; what stands beside without being in force is half made or done with.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from isolator.datapath.abi import LAYOUT_VERSION
-from isolator.datapath.libbpf import MapDefinition, MapType, map_definition, open_pin
+from isolator.datapath.libbpf import MapDefinition, map_definition, map_information, maps_of, open_pin
 from isolator.datapath.maps import Map
 
-UNFINISHED = "new-"  # bpffs takes no names with a dot (kernel/bpf/inode.c, bpf_lookup)
-_ENTRIES_COPYABLE = (MapType.HASH, MapType.LRU_HASH, MapType.LPM_TRIE, MapType.ARRAY)
+CLASSIFIER = "classifier"  # the map; it belongs to no layout
+SLOT = bytes(4)  # its only key
 
 
 def is_private(name: str) -> bool:
@@ -27,36 +28,39 @@ def is_private(name: str) -> bool:
     return name.endswith("scratch")
 
 
+def is_laid_out(name: str) -> bool:
+    """Whether the map belongs to a layout and is pinned in its folder."""
+    return not is_private(name) and name != CLASSIFIER
+
+
 def layout_name(definitions: Iterable[MapDefinition]) -> str:
-    shared = sorted(repr(d) for d in definitions if not is_private(d.name))
+    shared = sorted(repr(d) for d in definitions if is_laid_out(d.name))
     return f"v{LAYOUT_VERSION}-{sha256(''.join(shared).encode()).hexdigest()[:10]}"
 
 
 class PinFolder:
-    """The folder for one layout. `fresh`: it did not exist, and is provisional until `finish`."""
+    """The folder for one layout. `fresh`: nothing was adopted; `predecessor`: the layout in force, if it is another."""
 
     def __init__(self, root: Path, definitions: list[MapDefinition]) -> None:
         self._root = root
-        self._final = root / layout_name(definitions)
         self._definitions = {d.name: d for d in definitions}
-        remove_folder(self._unfinished)
-        self.fresh = not self._final.exists()
+        self.path = root / layout_name(definitions)
+        current = in_force(root)
+        self.fresh = current != self.path
+        self.predecessor = current if self.fresh else None
         if self.fresh:
+            remove_folder(self.path)
             self.path.mkdir(parents=True)
         else:
             self._drop_damaged()
 
     @property
-    def _unfinished(self) -> Path:
-        return self._final.with_name(UNFINISHED + self._final.name)
-
-    @property
-    def path(self) -> Path:
-        return self._unfinished if self.fresh else self._final
+    def classifier(self) -> Path:
+        return self._root / CLASSIFIER
 
     def _drop_damaged(self) -> None:
         """A pin that is not what the folder's name promises was put there by someone else."""
-        for pin in list(self._final.iterdir()):
+        for pin in list(self.path.iterdir()):
             fd = open_pin(pin)
             try:
                 if self._definitions.get(pin.name) != map_definition(fd, pin.name):
@@ -64,41 +68,38 @@ class PinFolder:
             finally:
                 os.close(fd)
 
-    def finish(self) -> None:
-        """Give the folder its name: from here on a restart adopts it."""
-        if self.fresh:
-            self._unfinished.rename(self._final)
-            self.fresh = False
-
     def others(self) -> list[Path]:
-        """Folders of other layouts, newest first."""
-        found = [path for path in self._root.iterdir() if path.is_dir() and path != self.path]
-        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-
-    def predecessor(self) -> Path | None:
-        """A complete folder with the same structs in its maps, other bounds: its entries can be copied."""
-        same = [
-            p for p in self.others() if p.name.startswith(f"v{LAYOUT_VERSION}-") and p.suffix != UNFINISHED
-        ]
-        return same[0] if same else None
+        """Folders of other layouts."""
+        return [path for path in layouts(self._root) if path != self.path]
 
 
-def copy_entries(old: Path, new: dict[str, Map]) -> None:
-    """Copy what fits. Raises BpfError when a new map is too small."""
-    for name, target in new.items():
-        if target.definition.type not in _ENTRIES_COPYABLE or not (old / name).exists():
-            continue
-        fd = open_pin(old / name)
-        try:
-            source = Map.of(fd, name)
-            if same_entries(source.definition, target.definition):
-                target.update_many(source.items())
-        finally:
-            os.close(fd)
+def layouts(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
 
 
-def same_entries(a: MapDefinition, b: MapDefinition) -> bool:
-    return (a.key_size, a.value_size) == (b.key_size, b.value_size)
+def in_force(root: Path) -> Path | None:
+    """The layout whose maps the ports' program uses; None: no program was put there yet. Raises BpfError."""
+    used = _used(root / CLASSIFIER)
+    return next((path for path in layouts(root) if any(_map_id(pin) in used for pin in path.iterdir())), None)
+
+
+def _used(classifier: Path) -> set[int]:
+    if not classifier.exists():
+        return set()
+    fd = open_pin(classifier)
+    try:
+        program = Map.of(fd, CLASSIFIER).lookup(SLOT)
+    finally:
+        os.close(fd)
+    return maps_of(int.from_bytes(program, "little")) if program else set()
+
+
+def _map_id(pin: Path) -> int:
+    fd = open_pin(pin)
+    try:
+        return int(map_information(fd, pin.name).id)
+    finally:
+        os.close(fd)
 
 
 def remove_folder(path: Path) -> None:
@@ -107,3 +108,10 @@ def remove_folder(path: Path) -> None:
         for pin in path.iterdir():
             pin.unlink()
         path.rmdir()
+
+
+def unpin(root: Path) -> None:
+    """Take all pins of an agent away, of every layout. A port that is still attached then lets nothing through."""
+    for path in layouts(root):
+        remove_folder(path)
+    remove_folder(root)

@@ -27,8 +27,9 @@ from scapy.packet import Packet
 
 from isolator.core.model import Direction, DropReason, PuntReason, Side, Verdict
 from isolator.datapath.abi import FLOW7_LIVE, Flow7, Port, flow_key, mapped, parse_punt_context
-from isolator.datapath.bpf import Datapath, Prefix, unpin
+from isolator.datapath.bpf import Datapath, Prefix
 from isolator.datapath.netns import Netns
+from isolator.datapath.pins import unpin
 from isolator.datapath.ring import Ring, packet_socket
 
 CONTAINER_MAC, GATEWAY_MAC, STRANGER_MAC = "02:00:00:00:00:01", "02:00:00:00:00:fe", "02:00:00:00:00:66"
@@ -171,6 +172,7 @@ class Bench:
             path.set_port(ifindex, Port(peer, ENDPOINT, side, mac))
         self.policy(policy)
         path.control.punt_ifindex = self.punt_port
+        path.control.frozen_until = 0
         self.agent(up=True)
         self._drain()
         self._counted = self._drops()

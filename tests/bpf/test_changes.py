@@ -5,6 +5,7 @@ A new policy holds for live connections too, and what was not followed from its 
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -206,3 +207,23 @@ def test_the_quota(b: Bench) -> None:
 def test_traffic_is_counted(c: Conversation) -> None:
     assert c.flow.packets == (2, 1)
     assert c.flow.octets == (108, 54)
+
+
+# -- an upgrade ------------------------------------------------------------------------------------------
+
+
+def test_while_inspected_flows_are_moved_they_do_not_change(c: Conversation) -> None:
+    """Layer 4 goes on; who is dropped sends again."""
+    c.allow_head()
+    before = c.flow
+    c.b.datapath.control.frozen_until = time.monotonic_ns() + 3600 * 10**9
+    assert str(c.client("PA", c.at(END), S, HEAD)) == "drop UPGRADE"
+    assert str(c.server("A", S, c.at(END))) == "drop UPGRADE"
+    assert str(c.b.from_network(inbound(tcp(4711, 80)))) == "drop UPGRADE"
+    assert c.flow == before and len(list(c.b.datapath.flows7())) == 1
+    assert str(c.b.from_network(inbound(tcp(4711, 81)))) == "container"
+
+
+def test_the_freeze_ends_by_itself(c: Conversation) -> None:
+    c.b.datapath.control.frozen_until = time.monotonic_ns()
+    assert str(c.client("PA", c.start, S, HEAD)) == "punt PAYLOAD"

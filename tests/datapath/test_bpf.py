@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from isolator.core.model import Direction, DropReason, FlowFlag, Owner, Side, Verdict
-from isolator.datapath import pins
 from isolator.datapath.abi import (
     DropCounter,
     Flow7,
@@ -28,15 +26,15 @@ from isolator.datapath.abi import (
     mapped,
 )
 from isolator.datapath.attach import XdpMode, attached_tc, attached_xdp
-from isolator.datapath.bpf import OBJECTS, TC_OBJECT, XDP_OBJECT, Datapath, _encode, unpin, wait_for_readers
+from isolator.datapath.bpf import OBJECTS, TC_OBJECT, Datapath, _encode
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.libbpf import BpfError, LoadError, MapDefinition, Object, library, log_tail, open_pin
-from isolator.datapath.maps import NOEXIST
+from isolator.datapath.maps import NOEXIST, wait_for_readers
 from isolator.datapath.netns import Netns
-from isolator.datapath.pins import layout_name
+from isolator.datapath.pins import in_force, layout_name, layouts, unpin
+from tests.other_layout import BOUND, build
 
 pytestmark = pytest.mark.root
-ROOT = Path(__file__).parent.parent.parent
 MAC = b"\x02\x00\x00\x00\x00\x01"
 A, B, C = (mapped(ip_address(text)) for text in ("10.0.0.1", "10.0.0.2", "fd00::1"))
 KEY = flow_key(7, A, B, 80, 1000, 6)
@@ -75,19 +73,7 @@ def datapath(folder: Path) -> Iterator[Datapath]:
 
 @pytest.fixture(scope="session")
 def other_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Objects of another version: one map has another size."""
-    source, objects = tmp_path_factory.mktemp("bpf"), tmp_path_factory.mktemp("objects")
-    for path in (ROOT / "bpf").glob("*.[ch]"):
-        shutil.copy(path, source)
-    header = source / "isolator.h"
-    header.write_text(
-        header.read_text().replace("#define ADDRESSES_MAX 65536", "#define ADDRESSES_MAX 65537")
-    )
-    for name in (TC_OBJECT, XDP_OBJECT):
-        flags = ["-O2", "-g", "-target", "bpf", "-mcpu=v3", f"-I/usr/include/{os.uname().machine}-linux-gnu"]
-        parts = ["-c", source / name.replace(".o", ".c"), "-o", objects / name]
-        subprocess.run(["clang", *flags, *parts], check=True)
-    return objects
+    return build(tmp_path_factory.mktemp("other"), BOUND)
 
 
 # -- pins ------------------------------------------------------------------------------------------------
@@ -104,7 +90,7 @@ def test_a_restart_adopts_the_maps(folder: Path) -> None:
         assert second.flow7(KEY) == FLOW
         second.set_addresses(7, [B, C])
         assert {key[4:] for key in second.maps["addresses"].keys()} == {B, C}  # noqa: SIM118
-    assert {path.name for path in folder.iterdir()} == names and len(names) == 1
+    assert {path.name for path in folder.iterdir()} == names and len(names) == 2
 
 
 def test_tc_and_xdp_share_the_maps(datapath: Datapath) -> None:
@@ -124,22 +110,21 @@ def test_another_layout_is_laid_out_beside(folder: Path, other_layout: Path) -> 
         old.write_policy(1, [Entry(1)], [(ip_network("10.0.0.0/8"), 5)])
         old.maps["flows7"].update(KEY, FLOW.pack())
     with Datapath.open(folder, other_layout) as new:
-        assert len(list(folder.iterdir())) == 2
+        assert len(layouts(folder)) == 2
         assert new.maps["addresses"].definition.max_entries == 65537
         assert new.flow7(KEY) == FLOW, "equal structs are copied"
         assert len(list(new.maps["policy"].items())) == 1
         assert new.generation == 1, "or what was copied would not be in force"
         new.remove_other_layouts()
-        (left,) = folder.iterdir()
-        assert left.name == new._folder.path.name
+        assert layouts(folder) == [new._folder.path]
 
 
 def test_half_made_pins_are_made_anew(folder: Path) -> None:
     with Object.open(OBJECTS / TC_OBJECT) as parsed:
         name = layout_name(parsed.definitions())
-    (folder / f"{pins.UNFINISHED}{name}").mkdir(parents=True)
+    (folder / name).mkdir(parents=True)
     with Datapath.open(folder):
-        assert [path.name for path in folder.iterdir()] == [name]
+        assert in_force(folder) == folder / name
 
 
 def test_a_pin_that_is_something_else_is_replaced(folder: Path) -> None:

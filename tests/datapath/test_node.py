@@ -12,13 +12,14 @@ import pytest
 from isolator.core.inspector import Inspector
 from isolator.datapath.abi import flow_key, mapped
 from isolator.datapath.attach import XdpMode, attached_tc, attached_xdp
-from isolator.datapath.bpf import unpin
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.journal import Journal
 from isolator.datapath.netns import Netns, SpliceError
 from isolator.datapath.node import Names, Node
+from isolator.datapath.pins import layouts, unpin
 from isolator.datapath.splice import InterfaceMissingError, Splicer, SpliceRequest
 from tests.datapath import splice_lab as lab
+from tests.other_layout import BOUND, build, put_in_force
 
 pytestmark = pytest.mark.root
 WEB = SpliceRequest("web", lab.A)
@@ -117,6 +118,21 @@ def test_a_kept_splice_gets_the_other_kind_of_xdp(names: Names, before: XdpMode,
         with second._netns.entered():
             assert attached_xdp(splice.network_port, after)
             assert attached_xdp(splice.network_port, before) is None
+
+
+def test_after_another_layout_no_port_keeps_its_programs(names: Names, tmp_path: Path) -> None:
+    """Whether it is adopted or not: they would go by maps that nobody writes any more."""
+    with node(names, XdpMode.NATIVE) as first:
+        splice = first.protect(WEB, 7)
+        with first._netns.entered():
+            before = attached_xdp(splice.network_port, XdpMode.NATIVE)
+    put_in_force(names.pins, build(tmp_path / "bound", BOUND))
+    with node(names, XdpMode.NATIVE) as second:
+        with second._netns.entered():
+            after = attached_xdp(splice.network_port, XdpMode.NATIVE)
+        assert before and after and before != after
+        second.tidy({7})
+        assert len(layouts(names.pins)) == 1
 
 
 @pytest.mark.parametrize("xdp", [XdpMode.NATIVE, XdpMode.GENERIC])
