@@ -3,7 +3,7 @@
 #   make test    lint and all tests
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages machine absent bpf demo test lint starts operations containers bench bench-life lock clean
+.PHONY: help setup packages toolchain machine absent bpf demo test lint starts operations containers bench bench-life lock clean
 
 ARCH := $(shell uname -m | sed 's/x86_64/x86/; s/aarch64/arm64/')
 OBJECTS := isolator/datapath/objects
@@ -21,6 +21,9 @@ setup: packages build/venv
 packages:
 	@.ci/setup packages
 
+toolchain:
+	@.ci/setup toolchain
+
 machine:
 	@.ci/setup machine
 
@@ -33,7 +36,7 @@ absent:
 
 bpf: $(PROGRAMS)
 
-$(OBJECTS)/%.bpf.o: bpf/%.bpf.c $(wildcard bpf/*.h) | packages
+$(OBJECTS)/%.bpf.o: bpf/%.bpf.c $(wildcard bpf/*.h) | toolchain
 	@mkdir -p $(OBJECTS)
 	clang $(BPF_CFLAGS) -c $< -o $@
 	@llvm-strip -g $@

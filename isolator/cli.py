@@ -384,6 +384,30 @@ def demo(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", "-c", help="The agent's config; default: isolator.yaml here or in /etc/isolator."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether the agent can work on this machine, and what to do; exit 1 if something fails."""
+    from isolator.control import render
+    from isolator.doctor import Level, examine
+
+    found = list(examine(config))
+    if as_json:
+        print_json([each.as_json() for each in found])
+    else:
+        render.table(
+            ["CHECK", "LEVEL", "SEEN", "WHAT TO DO"], ([e.check, e.level, e.seen, e.advice] for e in found)
+        )
+    raise typer.Exit(1 if any(each.level is Level.FAIL for each in found) else 0)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed

@@ -69,6 +69,14 @@ def test_no_agent_is_one_clear_line(tmp_path: Path, command: str) -> None:
     )
 
 
+def test_the_health_check_asks_only_whether_the_agent_answers(agent: Served, tmp_path: Path) -> None:
+    agent.agent.state = EndpointState.WAITING
+    for socket, code in ((agent.socket, 0), (tmp_path / "none.sock", 1)):
+        check = [sys.executable, "-m", "isolator.control.client"]
+        environment = {**os.environ, "ISOLATOR_SOCKET": str(socket)}
+        assert subprocess.run(check, env=environment, capture_output=True).returncode == code
+
+
 def test_endpoints(agent: Served) -> None:
     result = isolator("endpoints", agent=agent)
     assert result.exit_code == 0

@@ -25,6 +25,9 @@ COLOURS = {
     "DROPPED": "red",
     "DEPENDS": "yellow",
     "yes": "green",
+    "ok": "green",
+    "warn": "yellow",
+    "fail": "red",
 }
 """Words that have a colour wherever they stand in a cell of their own."""
 

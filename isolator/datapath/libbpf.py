@@ -169,6 +169,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_map__reuse_fd": (c_int, (_POINTER, _FD)),
     "bpf_program__name": (_TEXT, (_POINTER,)),
     "bpf_program__fd": (_FD, (_POINTER,)),
+    "bpf_prog_query": (c_int, (c_int, c_int, c_uint32, _POINTER, _POINTER, POINTER(c_uint32))),
     "bpf_prog_test_run_opts": (c_int, (_FD, _POINTER)),
     "bpf_obj_get": (_FD, (_TEXT,)),
     "bpf_obj_pin": (c_int, (_FD, _TEXT)),

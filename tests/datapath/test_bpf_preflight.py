@@ -10,11 +10,13 @@ from isolator.datapath.preflight import (
     BpffsMissingError,
     BtfMissingError,
     NotRootError,
+    PinsPrivateError,
     filesystem_of,
     preflight,
     require_bpffs,
     require_btf,
     require_capabilities,
+    require_shared_pins,
 )
 
 MOUNTS = """\
@@ -55,6 +57,27 @@ def test_no_btf(tmp_path: Path) -> None:
 def test_pins_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(BpffsMissingError, match="choose a folder below /sys/fs/bpf"):
         require_bpffs(tmp_path)
+
+
+CONTAINER = """\
+60 59 0:50 / / ro,relatime - overlay overlay ro
+61 60 0:25 /netns /run/netns rw,nosuid{} - tmpfs tmpfs rw
+"""
+
+
+@pytest.mark.parametrize("tag", ["", " master:5"])
+def test_pins_that_would_die_with_their_container(tag: str) -> None:
+    with pytest.raises(PinsPrivateError, match="run it with -v /run/netns:/run/netns:rshared"):
+        require_shared_pins(CONTAINER.format(tag), in_container=False)
+    with pytest.raises(PinsPrivateError):
+        require_shared_pins(CONTAINER.format(tag).replace("overlay", "btrfs"), in_container=True)
+
+
+def test_pins_that_outlive_it() -> None:
+    require_shared_pins(CONTAINER.format(" shared:5"), in_container=True)
+    require_shared_pins(
+        CONTAINER.format("").replace("overlay", "ext4"), in_container=False
+    )  # a host makes it shared
 
 
 @pytest.mark.root
