@@ -234,10 +234,8 @@ def bridge_of(network: Mapping[str, Any]) -> str:
     )
 
 
-def described(
-    listed: Mapping[str, Any], sandbox: Path, network: Callable[[str], Mapping[str, Any]]
-) -> Inspected:
-    """A container that is about to run, as `GET /containers/{id}/json` would describe it."""
+def described(listed: Mapping[str, Any], network: Callable[[str], Mapping[str, Any]]) -> Inspected:
+    """A container that is about to run, as `GET /containers/{id}/json` would describe it, but for its sandbox."""
     networks = {}
     for name in listed["NetworkSettings"]["Networks"]:
         attachment = (network(name).get("Containers") or {}).get(listed["Id"])
@@ -251,7 +249,7 @@ def described(
         "Image": listed["ImageID"],
         "Config": {"Image": listed["Image"], "Labels": listed["Labels"]},
         "HostConfig": listed["HostConfig"],
-        "NetworkSettings": {"SandboxKey": str(sandbox), "Networks": networks},
+        "NetworkSettings": {"Networks": networks},
     }
 
 
@@ -294,6 +292,8 @@ class DockerRuntime:
         self._known: dict[str, RuntimeEndpoint] = {}
         self._seen: dict[str, tuple[Any, Inspected]] = {}  # by id: how it was listed, and what it is
         self._owners: dict[str, str] = {}  # the container's id by its endpoint's name
+        self._prepared: dict[str, Inspected] = {}  # what is about to run, by id
+        self._joined: set[str] = set()  # ids of containers that joined or left a network since the last look
         self._happened = False  # an event of the engine since the last look
         self._image_labels: dict[str, dict[str, str]] = {}
         self._image_told: set[str] = set()  # ids of containers for which it was told that theirs do not count
@@ -331,7 +331,9 @@ class DockerRuntime:
         with self._asking() as engine:
             running = [container for _, container in self._seen.values()]
             containers = running if starts_alone else self._running(engine)
-            containers += self._starting(engine, {each["Id"] for each in containers})
+            ids = {each["Id"] for each in containers}
+            self._prepare(engine, ids)
+            containers += self._starting(engine, ids)
             by_id = {each["Id"]: endpoints_of(each) for each in containers}
             self._image_told &= by_id.keys()
             found = [endpoint for its in by_id.values() for endpoint in its]
@@ -384,16 +386,32 @@ class DockerRuntime:
         return [container for _, container in seen.values()]
 
     def _starting(self, engine: Any, running: set[str]) -> list[Inspected]:
-        """Those whose start waits for us. The engine does not describe one before it runs: it is put together from
-        how it is listed and from its networks."""
+        """Those whose start waits for us."""
         self._starts.forget(running)
-        found = []
+        found: list[Inspected] = []
         for container, pid in list(self._starts.waiting.items()):
-            listed = engine.containers(all=True, filters={"id": container})
-            sandbox = sandbox_of_process(pid)
-            if listed and sandbox is not None:
-                found.append(self._vetted(engine, described(listed[0], sandbox, engine.inspect_network)))
+            known, sandbox = self._about_to_run(engine, container), sandbox_of_process(pid)
+            if known is not None and sandbox is not None:
+                settings = {**known["NetworkSettings"], "SandboxKey": str(sandbox)}
+                found.append({**known, "NetworkSettings": settings})
         return found
+
+    def _about_to_run(self, engine: Any, container: str) -> Inspected | None:
+        """The engine does not describe a container before it runs: it is put together from how it is listed and from
+        its networks. With the first of them joined its process is still to be made: there is time for that."""
+        if container not in self._prepared:
+            listed = engine.containers(all=True, filters={"id": container})
+            if not listed:
+                return None
+            self._prepared[container] = self._vetted(engine, described(listed[0], engine.inspect_network))
+        return self._prepared[container]
+
+    def _prepare(self, engine: Any, running: set[str]) -> None:
+        joined, self._joined = self._joined, set()
+        for container in self._prepared.keys() & (running | joined):
+            del self._prepared[container]
+        for container in joined - running:
+            self._about_to_run(engine, container)
 
     def opened(self, names: Collection[str]) -> None:
         for container in list(self._starts.waiting):
@@ -468,7 +486,10 @@ class DockerRuntime:
         """Sets `told` with each event, from a thread that outlives the engine's restarts."""
         loop, ended = asyncio.get_running_loop(), threading.Event()
 
-        def event() -> None:
+        def event(told_of: Mapping[str, Any]) -> None:
+            attributes = (told_of.get("Actor") or {}).get("Attributes") or {}
+            if told_of.get("Type") == "network" and "container" in attributes:
+                self._joined.add(attributes["container"])
             self._happened = True
             told.set()
 
@@ -480,10 +501,10 @@ class DockerRuntime:
             while not ended.is_set():
                 try:
                     client = docker.DockerClient(f"unix://{self._socket}", timeout=CALL_SECONDS)
-                    for _ in client.events(filters={"type": ["container", "network"]}):
+                    for told_of in client.events(filters={"type": ["container", "network"]}, decode=True):
                         if ended.is_set():
                             return
-                        loop.call_soon_threadsafe(event)
+                        loop.call_soon_threadsafe(event, told_of)
                 except (DockerException, requests.RequestException, OSError, RuntimeError):
                     ended.wait(AGAIN_SECONDS)  # the reconciliation goes on, and says what is wrong
 

@@ -53,7 +53,6 @@ if [ -p "$starts/asked" ]; then
       tries=$((tries + 1))
       sleep 0.002
     done
-    rm -f "$starts/$id"
     ;;
   esac
   exec 3>&-
@@ -83,7 +82,7 @@ class Starts:
     def listening(self) -> Iterator[int]:
         """Yields a file descriptor that is readable when somebody has asked. Raises OSError."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for answer in self.folder.glob("[0-9a-f]" * 64):  # to starts whose time was over
+        for answer in self.folder.glob("[0-9a-f]" * 64):
             answer.unlink(missing_ok=True)
         (self.folder / "wait").write_text(f"{self._wait}\n")
         fifo = self.folder / "asked"
@@ -120,6 +119,7 @@ class Starts:
             if container in running or not Path(f"/proc/{pid}").exists():
                 self.waiting.pop(container, None)
                 self.unanswered.discard(container)
+                (self.folder / container).unlink(missing_ok=True)  # the answer was read
 
 
 def sandbox_of_process(pid: int) -> Path | None:

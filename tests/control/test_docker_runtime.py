@@ -161,7 +161,7 @@ class FakeEngine:
     (EXCLUDED, EXCLUDED, set(), 1),
     (MODE, MODE, set(), 1),
     (MODE, {}, {"isolator.mode"}, 1),
-    (MODE, None, {"isolator.mode", "isolator.untold"}, 4),
+    (MODE, None, {"isolator.mode", "isolator.untold"}, 3),
 ])  # fmt: skip
 def test_the_image_is_asked_for_where_it_matters_and_once(
     labels: dict[str, str], image: dict[str, str] | None, left: set[str], asked: int,
