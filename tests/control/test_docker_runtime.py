@@ -13,19 +13,16 @@ import pytest
 from docker.errors import DockerException, NotFound  # type: ignore[import-untyped]
 
 from isolator.control import docker_runtime
-from isolator.control.docker_runtime import (
-    DockerRuntime,
+from isolator.control.docker_containers import (
     bridge_of,
-    check_version,
-    differences,
     endpoints_of,
     gateway_endpoints,
     gateways,
-    named,
     services,
     unprotectable,
     without_image_labels,
 )
+from isolator.control.docker_runtime import DockerRuntime, check_version, differences, named
 from isolator.control.label_policy import label_policy
 from isolator.control.runtime import RuntimeAwayError
 from isolator.control.starts import Starts
