@@ -23,6 +23,7 @@ from isolator.datapath.gate import Gate
 from isolator.datapath.netns import Netns
 from isolator.datapath.nftables import run
 from isolator.datapath.node import Names
+from isolator.datapath.pins import layouts
 from isolator.lab import wait_for
 from tests.e2e.docker_place import ALLOWED, API, DENIED, IDLE, OTHER, SERVER, WEB, Place, docker_place
 
@@ -94,7 +95,7 @@ def nothing_is_left(place: Place) -> None:
     links = json.loads(subprocess.check_output(["ip", "-j", "-n", names.netns, "link"]))
     assert len(links) == 3 + 2 * count, [each["ifname"] for each in links]
     assert len(list(names.journal.iterdir())) == count
-    (folder,) = names.pins.iterdir()
+    (folder,) = layouts(names.pins)
     numbers = {int(key[0], 0) for key in keys(folder / "endpoints")}
     assert len(numbers) == count and len(keys(folder / "ports")) == 2 * count
     for name in ("addresses", "flows4", "flows7"):
