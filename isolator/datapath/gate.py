@@ -9,12 +9,17 @@ A new container's host end is a new device, and in no set: it is closed by the k
 Ifindexes are given out once, so that nobody inherits a place in the set. Two lookups for each frame, however many
 containers there are. Other tables are not touched; where another one drops a frame, it stays dropped.
 
+A bridge takes frames to 01:80:c2:00:00:00 … 0f to itself, past those hooks (br_handle_frame, net/bridge/br_input.c), and
+the host believes what is in them: two further tables, inet and arp, drop such frames from any veth. Nobody sends IP or
+ARP there (IEEE 802.1Q, table 8-1).
+
 Host ends that are no engine's (of LXC, of a CNI bridge) begin with veth as well: the agent admits them by their
 bridge. nftables could tell bridges apart itself (`meta ibrname`), but not on every kernel.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
@@ -29,7 +34,9 @@ from isolator.datapath.nftables import NftablesError
 from isolator.datapath.rtnl import Rtnl, attributes, u32
 from isolator.datapath.splice import Address
 
+FAMILIES, RULES = ("bridge", "inet", "arp"), 4
 FIRST, LAST = -400, 400  # priorities: before and after everybody else's bridge chains
+RESERVED = "01:80:c2:00:00:00"
 VETH = "veth"  # how an engine's host ends begin
 RTM_GETNSID, NETNSA_NSID, NETNSA_FD = 90, 1, 3  # include/uapi/linux/net_namespace.h
 NSID = struct.Struct("=i")
@@ -38,7 +45,7 @@ RTGENMSG = struct.pack("=Bxxx", 0)
 
 @dataclass(frozen=True, slots=True)
 class HostEnd:
-    """A veth device at a bridge of the host."""
+    """A device at a bridge of the host that is called veth-something."""
 
     ifindex: int
     name: str
@@ -53,7 +60,8 @@ class Gate:
 
     def __init__(self, host: str, table: str) -> None:
         self._host = host
-        self._table = f"bridge {table.replace('-', '_')}"
+        self._name = re.sub(r"[^A-Za-z0-9_]", "_", table)
+        self._table = f"bridge {self._name}"
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -78,7 +86,7 @@ class Gate:
         return [
             HostEnd(link.index, link.name, names.get(link.master, ""))
             for link in links
-            if link.kind == "veth" and link.master and link.name.startswith(VETH)
+            if link.master and link.name.startswith(VETH)
         ]
 
     def host_end(self, netns: str, which: int | str) -> int:
@@ -145,18 +153,22 @@ class Gate:
 
     def remove(self) -> None:
         """No gate: everybody is admitted from now on."""
-        self._run(f"add table {self._table}\ndelete table {self._table}\n")
+        self._run(self._cleared())
+
+    def _cleared(self) -> str:
+        tables = (f"{family} {self._name}" for family in FAMILIES)
+        return "".join(f"add table {table}\ndelete table {table}\n" for table in tables)
 
     def _admitted(self) -> set[int] | None:
         """None: there is no gate. An element whose device is gone is shown by its number, others by their names."""
         try:
-            listed = self._run(f"list table {self._table}")
+            listed = [each for family in FAMILIES for each in self._run(f"list table {family} {self._name}")]
         except NftablesError:
             return None
         names = {link.name: link.index for link in device.all_links(self._rtnl)}
         found = next((each["set"] for each in listed if "set" in each), None)
         rules = sum(1 for each in listed if "rule" in each)
-        if found is None or rules != 2:
+        if found is None or rules != RULES:
             return None
         elements = (str(each) for each in found.get("elem", ()))
         return {
@@ -166,9 +178,13 @@ class Gate:
         }
 
     def _anew(self, admitted: Iterable[int]) -> str:
-        table = self._table
+        table, inet, arp = (f"{family} {self._name}" for family in FAMILIES)
         return (
-            f"add table {table}\ndelete table {table}\nadd table {table}\n"
+            f"{self._cleared()}add table {table}\nadd table {inet}\nadd table {arp}\n"
+            f"add chain {inet} enter {{ type filter hook prerouting priority {FIRST}; }}\n"
+            f'add rule {inet} enter iifname "{VETH}*" ether daddr and ff:ff:ff:ff:ff:f0 == {RESERVED} counter drop\n'
+            f"add chain {arp} enter {{ type filter hook input priority {FIRST}; }}\n"
+            f'add rule {arp} enter iifname "{VETH}*" @ll,0,44 0x0180c200000 counter drop\n'
             f"add set {table} admitted {{ type iface_index; }}\n"
             f"{self._elements('add', admitted)}"
             f"add chain {table} enter {{ type filter hook prerouting priority {FIRST}; }}\n"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from scapy.layers.inet import UDP  # type: ignore[import-untyped]
+from scapy.layers.inet6 import IPv6  # type: ignore[import-untyped]
+from scapy.layers.l2 import ARP, Ether  # type: ignore[import-untyped]
 
 from isolator.datapath.gate import Gate
 from isolator.datapath.netns import Netns
@@ -146,3 +150,39 @@ def test_commands_that_the_kernel_refuses_are_an_error_and_do_nothing(bridge: Br
         with pytest.raises(NftablesError):
             run("add table bridge half\nadd rule bridge none none drop\n")
         assert run("list tables")[1:] == []
+
+
+@pytest.mark.parametrize("last", [0x03, 0x0E])
+def test_frames_that_the_bridge_takes_to_itself_do_not_pass_either(bridge: Bridge, last: int) -> None:
+    """UDP and ARP in frames to 01:80:c2:00:00:0x, for the address that the host end itself has."""
+    destination = f"01:80:c2:00:00:{last:02x}"
+    bridge.container("a")
+    ip(HOST, "addr add fe80::77/64 dev vetha nodad")
+    ip(HOST, "addr add 10.99.0.1/24 dev vetha")
+    with Netns(HOST) as host, host.entered():
+        heard = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        heard.bind(("::", 9998))
+        heard.settimeout(0.5)
+    with Netns(bridge.containers[0]) as inside, inside.entered():
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0806))
+        wire.bind(("eth0", 0))
+        wire.settimeout(0.5)
+        mac = wire.getsockname()[4].hex(":")
+    ethernet = Ether(dst=destination, src=mac)
+    udp = bytes(ethernet / IPv6(src="fe80::1234", dst="fe80::77") / UDP(sport=7, dport=9998) / b"question")
+    arp = bytes(ethernet / ARP(hwsrc=mac, psrc="10.99.0.2", pdst="10.99.0.1"))
+
+    def talks() -> tuple[bool, bool]:
+        found = []
+        for frame, answer in ((udp, heard), (arp, wire)):
+            wire.send(frame)
+            try:
+                found.append(bool(answer.recv(200)))
+            except TimeoutError:
+                found.append(False)
+        return found[0], found[1]
+
+    with heard, wire:
+        assert talks() == (True, True), "where nobody stands in the way"
+        bridge.gate.admit(())
+        assert talks() == (False, False)
