@@ -8,7 +8,8 @@ Whatever goes wrong here, who is not admitted stays closed, and is looked for ag
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
 import structlog
@@ -18,6 +19,8 @@ from isolator.core.identities import Address
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.gate import HostEnd
 from isolator.worker import Worker
+
+ASK_AGAIN = 10.0  # s until an engine that was away is asked for its bridges again: each time may block
 
 log = structlog.get_logger()
 
@@ -35,6 +38,7 @@ class Gate(Protocol):
     def host_end(self, netns: str, which: int | str) -> int: ...
     def admit(self, wanted: Collection[int]) -> bool: ...
     def admit_one(self, ifindex: int) -> None: ...
+    def expel(self, ifindex: int) -> None: ...
 
 
 class Admission:
@@ -42,13 +46,23 @@ class Admission:
     until they are admitted; else there is no gate."""
 
     def __init__(
-        self, gate: Gate | None, closed: bool, isolator_netns: str, runtime: Runtime, work: Worker
+        self,
+        gate: Gate | None,
+        closed: bool,
+        isolator_netns: str,
+        runtime: Runtime,
+        work: Worker,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._host, self._isolator_netns = gate, isolator_netns
         self._gate = gate if closed else None
         self._runtime, self._work = runtime, work
         self._ends: dict[Place, int] = {}
         self._foreign: set[int] = set()
+        self._closed: set[int] = set()
+        self._told: set[int] = set()
+        self._ask_again = 0.0
+        self._clock = clock
 
     async def shut(self) -> None:
         """Before anything else is done. Raises NftablesError."""
@@ -79,6 +93,11 @@ class Admission:
         except (DatapathError, OSError) as error:
             log.error("not admitted, tried again", place=place, error=str(error))
 
+    async def expel(self, place: Place) -> None:
+        """Before its protection ends. Raises DatapathError or OSError: then it must not end."""
+        if self._gate is not None and (end := await self._find(self._gate, place)):
+            await self._work(self._gate.expel, end)
+
     async def settle(self, places: Iterable[Place]) -> None:
         """These, and who is no engine's, are admitted, and nobody else."""
         if self._gate is None:
@@ -89,8 +108,9 @@ class Admission:
             log.error("the gate stays as it is, tried again", error=str(error))
 
     async def _settle(self, gate: Gate, places: list[Place]) -> None:
-        self._ends = {place: end for place, end in self._ends.items() if place in places}
         there = await self._work(gate.host_ends)
+        present = {each.ifindex for each in there}
+        self._ends = {place: end for place, end in self._ends.items() if place in places and end in present}
         admitted = {await self._find(gate, place) for place in places} - {0}
         await self._look_at(there, admitted)
         if await self._work(gate.admit, admitted | self._foreign):
@@ -113,10 +133,22 @@ class Admission:
         then has been there before it."""
         self._foreign &= {each.ifindex for each in there}
         unknown = [each for each in there if each.ifindex not in admitted | self._foreign]
-        if not unknown:
+        self._closed &= {each.ifindex for each in unknown}
+        if not unknown or self._clock() < self._ask_again:
             return
         try:
             bridges = await self._work(self._runtime.bridges)
         except RuntimeAwayError:
+            self._ask_again = self._clock() + ASK_AGAIN
             return
         self._foreign |= {each.ifindex for each in unknown if each.bridge not in bridges}
+        self._tell_closed([each for each in unknown if each.bridge in bridges])
+
+    def _tell_closed(self, closed: list[HostEnd]) -> None:
+        """Once, of those that stay so: nobody else may know of them."""
+        for each in closed:
+            if each.ifindex not in self._closed:
+                self._closed.add(each.ifindex)
+            elif each.ifindex not in self._told:
+                self._told.add(each.ifindex)
+                log.warning("a port of the engine's is closed", port=each.name, bridge=each.bridge)

@@ -63,6 +63,7 @@ log = structlog.get_logger()
 class Kernel(Protocol):
     """What this needs of the datapath (isolator.datapath.node.Node, which says what each does); all of it blocks."""
 
+    def spliced(self) -> dict[tuple[str, str], str]: ...
     def recover(self) -> Recovered: ...
     def number_of(self, splice: Splice) -> int | None: ...
     def numbers(self) -> set[int]: ...
@@ -79,7 +80,7 @@ class Kernel(Protocol):
 class Policy(Protocol):
     """What this needs of isolator.enforcement.Enforcement."""
 
-    def exempts(self, labels: Mapping[str, str]) -> str | None: ...
+    def exempts(self, labels: Mapping[str, str], inherited: Collection[str]) -> str | None: ...
 
     async def enforce(self) -> None: ...
     async def catch_up(self) -> None: ...
@@ -93,6 +94,7 @@ class Gate(Protocol):
     async def open(self) -> None: ...
     async def host_addresses(self) -> list[Address]: ...
     async def admit(self, place: Place) -> None: ...
+    async def expel(self, place: Place) -> None: ...
     async def settle(self, places: Iterable[Place]) -> None: ...
 
 
@@ -232,6 +234,7 @@ class Endpoints:
         """
         async with self._lock:
             await self._gate.shut()
+            self._runtime.recall(await self._work(self._kernel.spliced))
             for endpoint in await self._work(self._runtime.endpoints):
                 self._managed[endpoint.name] = Managed(endpoint, PENDING, DETAILS[PENDING])
             for endpoint in self._runtime.missing():
@@ -272,6 +275,7 @@ class Endpoints:
         log.warning("no longer configured, put back", endpoint=splice.name, netns=splice.netns)
         number = self._kernel.number_of(splice)
         try:
+            await self._gate.expel(("", splice.network_port))  # who it is, nobody knows
             await self._work(
                 self._kernel.release, splice, 0 if number in self._roster.endpoints else number or 0
             )
@@ -389,18 +393,19 @@ class Endpoints:
     # -- outsiders, exemptions, the gate ---------------------------------------------------------------------
 
     async def _meet_outsiders(self) -> None:
-        exempt = (
-            Outsider(each.name, each.configured.labels, each.configured.addresses)
+        unspliced = (
+            Outsider(each.name, each.configured.labels, each.configured.addresses or each.addresses)
             for each in self
-            if each.state is EXEMPT
+            if not each.number
         )
-        outsiders = (*exempt, *self._runtime.outsiders())
+        outsiders = (*unspliced, *self._runtime.outsiders())
         self._roster.put_outsiders(with_host(outsiders, await self._gate.host_addresses()))
 
     async def _review(self, several: Iterable[Managed]) -> None:
         """Who is left alone now, and who no longer is."""
         for managed in several:
-            reason = managed.configured.exempt or self._policy.exempts(managed.configured.labels)
+            known = managed.configured
+            reason = known.exempt or self._policy.exempts(known.labels, known.inherited)
             try:
                 await self._feed(managed, Input.EXEMPTED if reason else Input.CLAIMED)
             except EndpointGoneError:
@@ -418,7 +423,7 @@ class Endpoints:
         self._tell_opened()
 
     def _tell_opened(self) -> None:
-        self._runtime.opened({each.name for each in self if each.state in (ENFORCED, EXEMPT, RESTORED)})
+        self._runtime.opened([each.configured for each in self if each.state in (ENFORCED, EXEMPT, RESTORED)])
 
     # -- transitions ----------------------------------------------------------------------------------------
 
@@ -438,12 +443,14 @@ class Endpoints:
         if state is not None:
             log.info("endpoint", endpoint=managed.name, state=state.value)
             managed.state, managed.detail, managed.delay = state, DETAILS[state], RETRY_FIRST
-            managed.addresses = ()  # no transition leads to ENFORCED
+            if state not in (EXEMPT, RESTORED):
+                managed.addresses = ()  # no transition leads to ENFORCED
 
     async def _settle(self) -> None:
         """Splices what is due. Afterwards the policy in force is the roster's, and the gate is open to those whom it
         should be open to."""
         now = self._clock()
+        await self._review([managed for managed in self._managed.values() if managed.is_due(now)])
         due = [managed for managed in self._managed.values() if managed.is_due(now)]
         for managed in await self._numbered([each for each in due if await self._looked(each)]):
             if self._stopping:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -181,9 +181,11 @@ class Enforcement:
 
     # -- whom it is for -------------------------------------------------------------------------------------
 
-    def exempts(self, labels: Mapping[str, str]) -> str | None:
-        """Why an endpoint with these labels is left alone; None: it is to be protected."""
-        if any(each.items() <= labels.items() for each in self.config.exclude):
+    def exempts(self, labels: Mapping[str, str], inherited: Collection[str] = ()) -> str | None:
+        """Why an endpoint with these labels is left alone; None: it is to be protected. `inherited`: keys of labels
+        that its image gave it: those exclude nobody."""
+        own = {key: value for key, value in labels.items() if key not in inherited}
+        if any(each.items() <= own.items() for each in self.config.exclude):
             return "the config excludes it"
         if self.config.protect == "selected" and not self._claims(labels):
             return "no policy selects it"

@@ -68,6 +68,9 @@ class FakeKernel:
         if f"{what} {name}" in self.refuses:
             raise self.refuses[f"{what} {name}"]
 
+    def spliced(self) -> dict[tuple[str, str], str]:
+        return {(each.netns, each.interface): each.name for each in self.found.adopted}
+
     def recover(self) -> Recovered:
         return self.found
 
@@ -123,7 +126,7 @@ class FakePolicy:
         self.in_force: dict[int, tuple[Endpoint, object]] = {}
         self.written: list[list[str]] = []
 
-    def exempts(self, labels: Mapping[str, str]) -> str | None:
+    def exempts(self, labels: Mapping[str, str], inherited: Collection[str] = ()) -> str | None:
         return self.exempt.get(labels.get("role", ""))
 
     async def enforce(self) -> None:
@@ -165,6 +168,9 @@ class FakeGate:
     async def admit(self, place: Place) -> None:
         self.calls.append(f"admit {place}")
 
+    async def expel(self, place: Place) -> None:
+        self.calls.append(f"expel {place}")
+
     async def settle(self, places: Iterable[Place]) -> None:
         self.admitted = list(places)
 
@@ -184,8 +190,11 @@ class FakeRuntime:
     def unprotectable(self) -> dict[str, str]:
         return {}
 
-    def opened(self, names: Collection[str]) -> None:
-        self.open = sorted(names)
+    def recall(self, names: Mapping[tuple[str, str], str]) -> None:
+        self.recalled = dict(names)
+
+    def opened(self, endpoints: Collection[RuntimeEndpoint]) -> None:
+        self.open = sorted(each.name for each in endpoints)
 
     def __init__(self, *configured: str, there: Collection[str] = ()) -> None:
         self.configured = list(configured)

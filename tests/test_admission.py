@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
 
+import pytest
+
 from isolator.admission import Admission
 from isolator.control.runtime import RuntimeAwayError
 from isolator.core.identities import Address
@@ -54,6 +56,16 @@ class FakeKernelGate:
     def admit_one(self, ifindex: int) -> None:
         self.admitted.add(ifindex)
 
+    def expel(self, ifindex: int) -> None:
+        self.admitted.discard(ifindex)
+
+
+class Clock:
+    now = 0.0
+
+
+clock = Clock()
+
 
 class Bridges(FakeRuntime):
     away = False
@@ -69,7 +81,8 @@ def play(
 ) -> None:
     async def run() -> None:
         gate, runtime, work = FakeKernelGate(), Bridges(), Worker()
-        admission = Admission(gate, closed, "isolator", runtime, work)
+        clock.now = 0.0
+        admission = Admission(gate, closed, "isolator", runtime, work, lambda: clock.now)
         for step in steps:
             await step(admission, gate, runtime)
         await work.close()
@@ -110,6 +123,9 @@ def test_while_the_engine_is_away_no_stranger_is_new_and_the_known_ones_stay() -
         assert gate.admitted == {10}
         runtime.away = False
         await admission.settle([("", 4)])
+        assert gate.admitted == {10}, "not asked again at once: it may block"
+        clock.now = 11.0
+        await admission.settle([("", 4)])
         runtime.away = True
         await admission.settle([])
         assert gate.admitted == {20}
@@ -140,3 +156,38 @@ def test_without_a_gate_all_pass() -> None:
         assert gate.admitted == {10, 11, 20}
 
     play(settle, closed=False)
+
+
+def test_an_interface_that_went_and_came_back_is_looked_for_anew() -> None:
+    """Same namespace, same MAC, another host end."""
+
+    async def settle(admission: Admission, gate: FakeKernelGate, runtime: Bridges) -> None:
+        await admission.settle([("/run/netns/b", "eth0")])
+        assert gate.admitted == {11, 20}
+        gate.there = [HostEnd(12, "vethc", "docker0")]
+        gate.ends["/run/netns/b", "eth0"] = 12
+        await admission.settle([("/run/netns/b", "eth0")])
+        assert gate.admitted == {12}
+
+    play(settle)
+
+
+def test_who_is_expelled_is_closed() -> None:
+    async def expel(admission: Admission, gate: FakeKernelGate, runtime: Bridges) -> None:
+        await admission.admit(("", 4))
+        await admission.expel(("", 4))
+        assert gate.admitted == set()
+        await admission.expel(("", 5))
+
+    play(expel)
+
+
+def test_a_port_that_stays_closed_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    async def settle(admission: Admission, gate: FakeKernelGate, runtime: Bridges) -> None:
+        await admission.settle([("", 4)])
+        assert "vethb" not in capsys.readouterr().out
+        for _ in range(3):
+            await admission.settle([("", 4)])
+        assert capsys.readouterr().out.count("vethb") == 1
+
+    play(settle)

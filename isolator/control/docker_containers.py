@@ -35,6 +35,7 @@ KNOWN = {
 }
 RESERVED = frozenset({"name", "image", "network", ENTITY, *KNOWN})
 
+INHERITED = "isolator.inherited"  # our own addition to a description
 Inspected = Mapping[str, Any]  # a container as GET /containers/{id}/json describes it
 
 
@@ -54,6 +55,7 @@ def endpoints_of(container: Inspected) -> list[RuntimeEndpoint]:
             labels_of(container, name, network),
             addresses_in(attachment, "IPAddress", "GlobalIPv6Address"),
             exemption(container),
+            inherited_by(container),
         )
         for network, attachment in sorted(attachments(container).items())
     ]
@@ -85,6 +87,11 @@ def first_network(container: Inspected) -> str:
     return mode if mode in joined else joined[0] if joined else ""
 
 
+def inherited_by(container: Inspected) -> frozenset[str]:
+    """Keys of labels that are its image's (`without_image_labels` has put them there)."""
+    return frozenset(container.get(INHERITED, ()))
+
+
 def labels_of(container: Inspected, name: str, network: str) -> dict[str, str]:
     own = container["Config"]["Labels"] or {}
     labels = {key: value for key, value in own.items() if key not in RESERVED}
@@ -94,7 +101,7 @@ def labels_of(container: Inspected, name: str, network: str) -> dict[str, str]:
 
 def exemption(container: Inspected) -> str | None:
     """Why it is to be left alone, if it is."""
-    if (container["Config"]["Labels"] or {}).get(EXCLUDE, "").lower() == "true":
+    if ((container["Config"]["Labels"] or {}).get(EXCLUDE) or "").lower() == "true":
         return f"it has the label {EXCLUDE}"
     hostname = os.environ.get("HOSTNAME", "")  # in a container: the beginning of its id
     if len(hostname) >= 12 and container["Id"].startswith(hostname):
@@ -104,8 +111,13 @@ def exemption(container: Inspected) -> str | None:
 
 def has_no_interface(container: Inspected) -> bool:
     """Of its own: one that shares another container's is protected with that."""
-    mode = container["HostConfig"]["NetworkMode"]
-    return mode in ("host", "none") or mode.startswith("container:")
+    mode = str(container["HostConfig"]["NetworkMode"])
+    return mode == "host" or mode.startswith("container:")
+
+
+def is_without(container: Inspected) -> bool:
+    """Nothing of it has to be protected as it starts: it joins no network, or another container's or the host's."""
+    return has_no_interface(container) or container["HostConfig"]["NetworkMode"] == "none"
 
 
 def unprotectable(container: Inspected) -> str | None:
@@ -164,7 +176,8 @@ def gateway_endpoints(network: Mapping[str, Any], containers: Sequence[Inspected
     """A Swarm container's second interface, its way out of the overlay: no container's description tells of it, that
     of the network `docker_gwbridge` does, under the sandbox's id (libnetwork, default_gateway.go). The mesh's own is
     left alone."""
-    sandboxes = {each["NetworkSettings"].get("SandboxID", "")[:12]: each for each in containers}
+    known = ((each["NetworkSettings"].get("SandboxID") or "", each) for each in containers)
+    sandboxes = {sandbox[:12]: each for sandbox, each in known if sandbox}
     found = []
     for attachment in (network.get("Containers") or {}).values():
         _, _, sandbox = str(attachment["Name"]).partition("gateway_")
@@ -190,6 +203,7 @@ def gateway_endpoints(network: Mapping[str, Any], containers: Sequence[Inspected
                     labels_of(container, name, network["Name"]),
                     addresses,
                     exemption(container),
+                    inherited_by(container),
                 )
             )
     return found
@@ -202,22 +216,31 @@ def bridge_of(network: Mapping[str, Any]) -> str:
     )
 
 
-def described(listed: Mapping[str, Any], network: Callable[[str], Mapping[str, Any]]) -> Inspected:
-    """A container that is about to run, as `GET /containers/{id}/json` would describe it, but for its sandbox."""
+def described(
+    listed: Mapping[str, Any], image: str, network: Callable[[str], Mapping[str, Any]]
+) -> Inspected:
+    """A container that is about to run, as `GET /containers/{id}/json` would describe it, but for its sandbox.
+
+    `image`: the reference that it was made with; the list shows an id where that is another image's by now."""
     networks = {}
-    for name in listed["NetworkSettings"]["Networks"]:
+    for name in listed["NetworkSettings"]["Networks"] or {}:
         attachment = (network(name).get("Containers") or {}).get(listed["Id"])
         if attachment is not None:
             address, six = (attachment[key].partition("/")[0] for key in ("IPv4Address", "IPv6Address"))
             mac = attachment["MacAddress"]
             networks[name] = {"MacAddress": mac, "IPAddress": address, "GlobalIPv6Address": six}
+    return as_listed(listed, image, {"Networks": networks})
+
+
+def as_listed(listed: Mapping[str, Any], image: str, settings: Mapping[str, Any]) -> Inspected:
+    names = listed["Names"] or [f"/{listed['Id'][:12]}"]  # those with more than one slash are links' aliases
     return {
         "Id": listed["Id"],
-        "Name": min(listed["Names"], key=lambda name: name.count("/")),  # others are links' aliases
+        "Name": min(names, key=lambda name: name.count("/")),
         "Image": listed["ImageID"],
-        "Config": {"Image": listed["Image"], "Labels": listed["Labels"]},
+        "Config": {"Image": image, "Labels": listed["Labels"]},
         "HostConfig": listed["HostConfig"],
-        "NetworkSettings": {"Networks": networks},
+        "NetworkSettings": settings,
     }
 
 
@@ -233,8 +256,10 @@ def without_image_labels(container: Inspected, image: Mapping[str, str] | None) 
     """The container without what its image carries of those: whoever makes an image decides about no policy.
 
     `image`: the image's labels. None: the engine does not know it any more. Then the container is not excluded, and
-    its policy cannot be told from the image's: it is closed (`label_policy`)."""
-    labels, own = dict(container["Config"]["Labels"]), own_labels(container)
+    its policy cannot be told from the image's: it is closed (`label_policy`). What else is the image's stays, and is
+    told (`inherited_by`)."""
+    labels, own = dict(container["Config"]["Labels"] or {}), own_labels(container)
+    inherited = [key for key, value in labels.items() if image is None or image.get(key) == value]
     for key, value in own.items():
         if key == EXCLUDE if image is None else image.get(key) == value:
             del labels[key]
@@ -242,4 +267,4 @@ def without_image_labels(container: Inspected, image: Mapping[str, str] | None) 
         labels[UNTOLD] = (
             "its image is gone, so that nobody can tell its labels from the image's: make it anew"
         )
-    return {**container, "Config": {**container["Config"], "Labels": labels}}
+    return {**container, INHERITED: inherited, "Config": {**container["Config"], "Labels": labels}}

@@ -12,9 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import docker  # type: ignore[import-untyped]
@@ -25,11 +28,13 @@ from docker.errors import DockerException  # type: ignore[import-untyped]
 from isolator.control.docker_containers import (
     GWBRIDGE,
     Inspected,
+    as_listed,
     bridge_of,
     described,
     endpoints_of,
     gateway_endpoints,
     gateways,
+    is_without,
     name_of,
     own_labels,
     services,
@@ -50,6 +55,9 @@ RECONCILE_SECONDS = 5.0
 CALL_SECONDS = 10  # an engine that does not answer for so long counts as away
 AGAIN_SECONDS = 1.0  # until an engine that is away is asked again
 SETTLE_SECONDS = 0.005  # a start is several events: one look answers them
+IMPATIENT_SECONDS = 2.0  # for answers that everybody waits for
+HUNG_SECONDS = 10.0
+IMAGES_MAX = 4096
 OLDEST_API = (1, 41)  # Docker 20.10
 
 log = structlog.get_logger()
@@ -66,7 +74,13 @@ class DockerRuntime:
         self._client: Any = None
         self._known: dict[str, RuntimeEndpoint] = {}
         self._seen: dict[str, tuple[Any, Inspected]] = {}  # by id: how it was listed, and what it is
+        self._hung: dict[
+            str, float
+        ] = {}  # until when a container that the engine did not describe is not asked for
+        self._images: dict[str, str] = {}  # by id: the reference that it was made with
+        self._recalled: dict[tuple[str, str], str] = {}
         self._owners: dict[str, str] = {}  # the container's id by its endpoint's name
+        self._sandboxes: dict[str, Path] = {}  # by id: of those whose start waits
         self._prepared: dict[str, Inspected] = {}  # what is about to run, by id
         self._joined: set[str] = set()  # ids of containers that joined or left a network since the last look
         self._happened = False  # an event of the engine since the last look
@@ -85,8 +99,11 @@ class DockerRuntime:
     def unprotectable(self) -> dict[str, str]:
         return self._unprotectable
 
+    def recall(self, names: Mapping[tuple[str, str], str]) -> None:
+        self._recalled = dict(names)
+
     def bridges(self) -> set[str]:
-        with self._asking() as engine:
+        with self._asking() as engine, in_seconds(engine, IMPATIENT_SECONDS):
             return {bridge_of(each) for each in engine.networks() if each["Driver"] == "bridge"} | {GWBRIDGE}
 
     def configure(self, configured: Sequence[Any]) -> set[str]:
@@ -109,7 +126,7 @@ class DockerRuntime:
             ids = {each["Id"] for each in containers}
             self._prepare(engine, ids)
             containers += self._starting(engine, ids)
-            by_id = {each["Id"]: endpoints_of(each) for each in containers}
+            by_id = {each["Id"]: self._endpoints(each) for each in containers}
             self._image_told &= by_id.keys()
             found = [endpoint for its in by_id.values() for endpoint in its]
             others = gateways(containers)
@@ -118,10 +135,22 @@ class DockerRuntime:
                 others += self._services(engine)
         self._outsiders = tuple(others)
         self._report({name_of(each): reason for each in containers if (reason := unprotectable(each))})
-        by_name = named(found, self._known)
+        by_name = named(found, self._known, self._recalled)
         owners = {place_of(each): container for container, its in by_id.items() for each in its}
         self._owners = {name: owners.get(place_of(each), "") for name, each in by_name.items()}
         return by_name
+
+    def _endpoints(self, container: Inspected) -> list[RuntimeEndpoint]:
+        """One that is described in an odd way stays as it was, and is nobody else's trouble."""
+        try:
+            return endpoints_of(container)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            log.error(
+                "the engine describes it in an odd way", container=container.get("Id"), error=repr(error)
+            )
+            return [
+                each for name, each in self._known.items() if self._owners.get(name) == container.get("Id")
+            ]
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[Any]:
@@ -149,16 +178,49 @@ class DockerRuntime:
             before, container = self._seen.get(listed["Id"], (None, None))
             if look != before:
                 try:
-                    container = self._vetted(engine, engine.inspect_container(listed["Id"]))
+                    asked = self._inspected(engine, listed["Id"])
                 except docker.errors.NotFound:  # gone meanwhile
                     continue
-                except requests.ReadTimeout:  # it hangs in its start or stop: as it was, and asked again
-                    log.warning("the engine does not describe it", container=listed["Names"])
-                    look = {}
+                container = asked or container or self._unseen(engine, listed)
+                look = look if asked else {}
             if container is not None:
                 seen[listed["Id"]] = look, container
         self._seen = seen
         return [container for _, container in seen.values()]
+
+    def _inspected(self, engine: Any, container: str) -> Inspected | None:
+        """None: the engine does not answer in time, since the container hangs in something. The others must not wait
+        for it each time."""
+        if time.monotonic() < self._hung.get(container, 0.0):
+            return None
+        try:
+            with in_seconds(engine, IMPATIENT_SECONDS):
+                found = self._vetted(engine, engine.inspect_container(container))
+        except requests.ReadTimeout:
+            log.warning("the engine does not describe it", container=container)
+            self._hung[container] = time.monotonic() + HUNG_SECONDS
+            return None
+        self._hung.pop(container, None)
+        self._remember_image(container, found["Config"]["Image"])
+        return found
+
+    def _unseen(self, engine: Any, listed: Mapping[str, Any]) -> Inspected | None:
+        """One that an agent before has spliced, as far as the list shows it: to leave it out would be to say that it
+        has gone."""
+        networks = {
+            name: each for name, each in (listed["NetworkSettings"]["Networks"] or {}).items() if each
+        }
+        macs = {each["MacAddress"] for each in networks.values()}
+        sandbox = next((netns for netns, interface in self._recalled if interface in macs), None)
+        if sandbox is None:
+            return None
+        settings = {"SandboxKey": sandbox, "Networks": networks}
+        return self._vetted(engine, as_listed(listed, listed["Image"], settings))
+
+    def _remember_image(self, container: str, image: str) -> None:
+        self._images[container] = image
+        if len(self._images) > IMAGES_MAX:
+            del self._images[next(iter(self._images))]
 
     def _starting(self, engine: Any, running: set[str]) -> list[Inspected]:
         """Those whose start waits for us."""
@@ -166,7 +228,10 @@ class DockerRuntime:
         found: list[Inspected] = []
         for container, pid in list(self._starts.waiting.items()):
             known, sandbox = self._about_to_run(engine, container), sandbox_of_process(pid)
-            if known is not None and sandbox is not None:
+            if known is not None and is_without(known):
+                self._starts.answer(container)
+            elif known is not None and sandbox is not None:
+                self._sandboxes[container] = sandbox
                 settings = {**known["NetworkSettings"], "SandboxKey": str(sandbox)}
                 found.append({**known, "NetworkSettings": settings})
         return found
@@ -176,9 +241,11 @@ class DockerRuntime:
         its networks. With the first of them joined its process is still to be made: there is time for that."""
         if container not in self._prepared:
             listed = engine.containers(all=True, filters={"id": container})
-            if not listed:
+            image = self._images.get(container) or (listed[0]["Image"] if listed else "")
+            if not listed or image.startswith("sha256:"):  # policy may select by what it was made with
                 return None
-            self._prepared[container] = self._vetted(engine, described(listed[0], engine.inspect_network))
+            known = described(listed[0], image, engine.inspect_network)
+            self._prepared[container] = self._vetted(engine, known)
         return self._prepared[container]
 
     def _prepare(self, engine: Any, running: set[str]) -> None:
@@ -188,16 +255,20 @@ class DockerRuntime:
         for container in joined - running:
             self._about_to_run(engine, container)
 
-    def opened(self, names: Collection[str]) -> None:
-        for container in list(self._starts.waiting):
+    def opened(self, endpoints: Collection[RuntimeEndpoint]) -> None:
+        self._sandboxes = {
+            each: path for each, path in self._sandboxes.items() if each in self._starts.waiting
+        }
+        for container, sandbox in self._sandboxes.items():
             its = {name for name, owner in self._owners.items() if owner == container}
-            if its and its <= set(names):
+            if its and its <= {each.name for each in endpoints if each.netns == sandbox}:
                 self._starts.answer(container)
 
     def _vetted(self, engine: Any, container: Inspected) -> Inspected:
         """`without_image_labels`; the image is asked for where it matters, and once."""
-        if not (own := own_labels(container)):
+        if not container["Config"]["Labels"]:
             return container
+        own = own_labels(container)
         vetted = without_image_labels(container, self._labels_of_image(engine, container["Image"]))
         dropped = own.keys() - own_labels(vetted).keys()
         if dropped and container["Id"] not in self._image_told:
@@ -265,6 +336,8 @@ class DockerRuntime:
             attributes = (told_of.get("Actor") or {}).get("Attributes") or {}
             if told_of.get("Type") == "network" and "container" in attributes:
                 self._joined.add(attributes["container"])
+            elif told_of.get("Type") == "container" and "image" in attributes:
+                self._remember_image(told_of["Actor"].get("ID") or "", attributes["image"])
             self._happened = True
             told.set()
 
@@ -294,6 +367,16 @@ class DockerRuntime:
                 ended.set()
 
 
+@contextlib.contextmanager
+def in_seconds(engine: Any, seconds: float) -> Iterator[None]:
+    """The engine's answers in the block have to come sooner."""
+    before, engine.timeout = engine.timeout, seconds
+    try:
+        yield
+    finally:
+        engine.timeout = before
+
+
 def check_version(told: Mapping[str, Any]) -> None:
     """Raises DockerException for an engine that is too old."""
     api = tuple(int(part) for part in str(told.get("ApiVersion", "0.0")).split("."))
@@ -304,10 +387,19 @@ def check_version(told: Mapping[str, Any]) -> None:
 
 
 def named(
-    found: Sequence[RuntimeEndpoint], known: Mapping[str, RuntimeEndpoint]
+    found: Sequence[RuntimeEndpoint],
+    known: Mapping[str, RuntimeEndpoint],
+    recalled: Mapping[tuple[str, str], str] = MappingProxyType({}),
 ) -> dict[str, RuntimeEndpoint]:
-    """By name: the one under which an interface is known, else its own; a name that is taken gets its MAC behind."""
-    names = {place_of(each): name for name, each in known.items()}
+    """By name: the one under which an interface is known, or was known to an agent before, else its own; a name that is
+    taken gets its MAC behind."""
+    places = Counter((str(each.netns), each.interface) for each in found)
+    names = {
+        place_of(each): recalled[place]
+        for each in found
+        if (place := (str(each.netns), each.interface)) in recalled and places[place] == 1
+    }
+    names |= {place_of(each): name for name, each in known.items()}
     by_name = {}
     for each in found:
         if (name := names.get(place_of(each))) is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -95,7 +95,10 @@ class NetnsRuntime:
     def unprotectable(self) -> dict[str, str]:
         return {}
 
-    def opened(self, names: Collection[str]) -> None:
+    def recall(self, names: Mapping[tuple[str, str], str]) -> None:
+        """The config names them."""
+
+    def opened(self, endpoints: Collection[RuntimeEndpoint]) -> None:
         """Nobody waits."""
 
     def missing(self) -> list[RuntimeEndpoint]:

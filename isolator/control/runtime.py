@@ -32,7 +32,8 @@ def is_own(label: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class RuntimeEndpoint:
     """An endpoint as its runtime names it. `netns`: a path for setns(2); `interface`: its name or MAC inside;
-    `addresses`: as far as the runtime knows them; `exempt`: why it is to be left alone, if it is."""
+    `addresses`: as far as the runtime knows them; `exempt`: why it is to be left alone, if it is;
+    `inherited`: keys of labels that are its image's."""
 
     name: str
     netns: Path
@@ -40,6 +41,7 @@ class RuntimeEndpoint:
     labels: dict[str, str] = field(default_factory=dict, hash=False)
     addresses: tuple[Address, ...] = ()
     exempt: str | None = None
+    inherited: frozenset[str] = frozenset()
 
 
 class ChangeKind(StrEnum):
@@ -109,8 +111,12 @@ class Runtime(Protocol):
         """Containers without an interface of their own, and why that is, as of the last look."""
         ...
 
-    def opened(self, names: Collection[str]) -> None:
-        """These endpoints, and no others, have their way open: whoever waits for one need not wait any longer."""
+    def recall(self, names: Mapping[tuple[str, str], str]) -> None:
+        """What an agent before called an endpoint, by namespace and interface: it is called so again."""
+        ...
+
+    def opened(self, endpoints: Collection[RuntimeEndpoint]) -> None:
+        """These, and no others, have their way open: whoever waits for one need not wait any longer."""
         ...
 
     def missing(self) -> list[RuntimeEndpoint]:

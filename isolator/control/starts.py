@@ -33,7 +33,8 @@ starts={starts}
 for id; do :; done # the last word
 ask() {{ # the engine's shim stands in the container's folder
   read -r pid <init.pid
-  echo "$id $pid" >&3
+  echo "$id $pid" >&3 2>/dev/null </dev/null & # where an agent hangs, the FIFO fills up
+  asking=$!
 }}
 if [ -p "$starts/asked" ]; then
   exec 3<>"$starts/asked" # both ways: it must not block where nobody reads
@@ -45,7 +46,7 @@ if [ -p "$starts/asked" ]; then
     exit 0
     ;;
   *" start "*)
-    wait=5
+    asking= wait=5
     read -r wait <"$starts/wait"
     tries=0
     while [ ! -e "$starts/$id" ] && [ "$tries" -lt $((wait * 250)) ]; do
@@ -53,6 +54,7 @@ if [ -p "$starts/asked" ]; then
       tries=$((tries + 1))
       sleep 0.002
     done
+    kill "$asking" 2>/dev/null
     ;;
   esac
   exec 3>&-

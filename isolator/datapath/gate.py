@@ -9,7 +9,7 @@ A new container's host end is a new device, and in no set: it is closed by the k
 Ifindexes are given out once, so that nobody inherits a place in the set. Two lookups for each frame, however many
 containers there are. Other tables are not touched; where another one drops a frame, it stays dropped.
 
-A bridge takes frames to 01:80:c2:00:00:00 … 0f to itself, past those hooks (br_handle_frame, net/bridge/br_input.c), and
+A bridge takes frames to 01:80:c2:00:00:00 … 0f to itself, past those hooks (br_handle_frame, net/bridge/br_input.c);
 the host believes what is in them: two further tables, inet and arp, drop such frames from any veth. Nobody sends IP or
 ARP there (IEEE 802.1Q, table 8-1).
 
@@ -150,6 +150,10 @@ class Gate:
     def admit_one(self, ifindex: int) -> None:
         """Also this one."""
         self._run(self._elements("add", [ifindex]))
+
+    def expel(self, ifindex: int) -> None:
+        """No longer this one."""
+        self._run(self._elements("add", [ifindex]) + self._elements("delete", [ifindex]))
 
     def remove(self) -> None:
         """No gate: everybody is admitted from now on."""

@@ -138,6 +138,10 @@ class Node:
 
     # -- splices --------------------------------------------------------------------------------------------
 
+    def spliced(self) -> dict[tuple[str, str], str]:
+        """The endpoint's name by namespace and interface, of every splice in the journal."""
+        return {(entry.netns, entry.interface): entry.name for entry in self.splicer.journal.entries()}
+
     def recover(self) -> Recovered:
         """Adopts, puts back or reaps what the journal holds."""
         return self.splicer.recover()

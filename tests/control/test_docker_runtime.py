@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from docker.errors import DockerException, NotFound  # type: ignore[import-untyped]
 
 from isolator.control import docker_runtime
@@ -79,7 +82,10 @@ def test_a_network_that_is_not_joined_yet_makes_none() -> None:
 
 @pytest.mark.parametrize("mode", ["host", "none", "container:abc"])
 def test_who_has_no_interface_of_its_own_makes_none_and_one_on_the_hosts_network_is_told(mode: str) -> None:
-    container = web(HostConfig__NetworkMode=mode)
+    none = {"none": {"MacAddress": ""}}
+    container = web(
+        HostConfig__NetworkMode=mode, **{"NetworkSettings__Networks": none} if mode == "none" else {}
+    )
     assert endpoints_of(container) == []
     assert (unprotectable(container) is not None) == (mode == "host")
 
@@ -127,6 +133,7 @@ class FakeEngine:
     def __init__(self, labels: dict[str, str], image: dict[str, str] | None) -> None:
         self.labels, self.image, self.asked, self.looks = labels, image, 0, 0
         self.runs = False
+        self.timeout = 1.0
         self.api = self
 
     def containers(self, all: bool = False, filters: object = None) -> list[dict[str, Any]]:
@@ -154,7 +161,9 @@ class FakeEngine:
 
 
 @pytest.mark.parametrize(("labels", "image", "left", "asked"), [
-    ({"app": "shop"}, None, set(), 0),
+    ({}, None, set(), 0),
+    ({"app": "shop"}, {}, set(), 1),
+    ({"app": "shop"}, None, set(), 3),
     (EXCLUDED, EXCLUDED, set(), 1),
     (MODE, MODE, set(), 1),
     (MODE, {}, {"isolator.mode"}, 1),
@@ -284,3 +293,110 @@ def test_one_mac_on_two_networks_is_two_endpoints() -> None:
 def test_an_engine_that_is_away_is_said_to_be(tmp_path: Path) -> None:
     with pytest.raises(RuntimeAwayError, match=r"none.sock: start it, or correct runtime.socket"):
         DockerRuntime(tmp_path / "none.sock", Starts(tmp_path, 1)).endpoints()
+
+
+class FakeApi:
+    """An engine whose one container is described by `describe`."""
+
+    def __init__(self, describe: Callable[[], dict[str, Any]]) -> None:
+        self.describe, self.timeout, self.asked = describe, 1.0, 0
+        self.image: dict[str, str] = {}
+        self.listed: dict[str, Any] = {
+            "Id": WEB["Id"], "State": "running", "Names": ["/web"], "Image": "nginx:1", "ImageID": "sha256:1",
+            "Labels": {}, "HostConfig": WEB["HostConfig"], "NetworkSettings": WEB["NetworkSettings"],
+        }  # fmt: skip
+        self.api = self
+
+    def containers(self, all: bool = False, filters: object = None) -> list[dict[str, Any]]:
+        return [{**self.listed, "Look": object()}]
+
+    def inspect_container(self, _: str) -> dict[str, Any]:
+        self.asked += 1
+        return {"Image": "sha256:1", **self.describe()}
+
+    def inspect_image(self, _: str) -> dict[str, Any]:
+        return {"Config": {"Labels": self.image}}
+
+    def inspect_network(self, name: str) -> dict[str, Any]:
+        attachment = {"MacAddress": "02:42:ac:11:00:02", "IPv4Address": "172.17.0.2/16", "IPv6Address": ""}
+        return {"Containers": {WEB["Id"]: attachment}}
+
+
+Looking = Callable[[Callable[[], dict[str, Any]]], tuple[DockerRuntime, FakeApi]]
+
+
+@pytest.fixture
+def looking(tmp_path: Path) -> Iterator[Looking]:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "d.sock"))
+
+        def made(describe: Callable[[], dict[str, Any]]) -> tuple[DockerRuntime, FakeApi]:
+            runtime = DockerRuntime(tmp_path / "d.sock", Starts(tmp_path, 1))
+            runtime._client = engine = FakeApi(describe)
+            return runtime, engine
+
+        yield made
+
+
+def hung() -> dict[str, Any]:
+    raise requests.ReadTimeout
+
+
+def test_an_endpoint_is_called_as_an_agent_before_called_it(looking: Looking) -> None:
+    """Whatever its container is called by now: else its splice would be nobody's, and be put back."""
+    runtime, _ = looking(lambda: web(Name="/renamed"))
+    runtime.recall({("/run/docker/netns/4f4f4f4f4f4f", "02:42:ac:11:00:02"): "web"})
+    assert {each.name for each in runtime.endpoints()} == {"renamed@back", "web"}
+    assert {each.labels["name"] for each in runtime.endpoints()} == {"renamed"}
+
+
+def test_a_container_that_the_engine_does_not_describe_is_there_all_the_same(looking: Looking) -> None:
+    runtime, engine = looking(hung)
+    assert runtime.endpoints() == [], "nobody knows where it is"
+    runtime.recall({("/run/docker/netns/4f4f4f4f4f4f", "02:42:ac:11:00:02"): "web"})
+    found = {each.name: each for each in runtime.endpoints()}
+    assert str(found["web"].netns) == "/run/docker/netns/4f4f4f4f4f4f"
+    assert engine.asked == 1, "not each time: everybody waits for it"
+    runtime._hung.clear()
+    engine.describe = lambda: web(Config__Labels={"app": "late"})
+    assert {each.name: each.labels.get("app") for each in runtime.endpoints()}["web"] == "late"
+
+
+def test_an_odd_description_is_nobody_elses_trouble(looking: Looking) -> None:
+    runtime, engine = looking(lambda: WEB)
+    before = runtime.endpoints()
+    engine.describe = lambda: web(NetworkSettings__Networks={"bridge": {"MacAddress": 7, "IPAddress": "x"}})
+    assert runtime.endpoints() == before
+    engine.describe = lambda: web(Config__Labels={"isolator.exclude": None})
+    assert [each.exempt for each in runtime.endpoints()] == [None, None]
+
+
+def test_labels_of_the_image_are_told_apart(looking: Looking) -> None:
+    runtime, engine = looking(lambda: web(Config__Labels={"app": "registry", "mine": "1"}))
+    engine.image = {"app": "registry", "mine": "2"}
+    assert {each.inherited for each in runtime.endpoints()} == {frozenset({"app"})}
+
+
+def test_what_is_about_to_run_from_an_image_that_was_retagged_is_not_guessed(looking: Looking) -> None:
+    """Policy may select by the reference; the list shows another image's id."""
+    runtime, engine = looking(lambda: WEB)
+    engine.listed["Image"] = "sha256:1"
+    assert runtime._about_to_run(engine, WEB["Id"]) is None
+    runtime._remember_image(WEB["Id"], "nginx:1")
+    known = runtime._about_to_run(engine, WEB["Id"])
+    assert known is not None and known["Config"]["Image"] == "nginx:1"
+
+
+def test_a_start_is_answered_for_the_sandbox_that_waits(looking: Looking) -> None:
+    runtime, _ = looking(lambda: WEB)
+    runtime.endpoints()
+    starts = runtime._starts
+    starts.folder.mkdir()
+    starts.waiting[WEB["Id"]] = 1
+    starts.unanswered.add(WEB["Id"])
+    runtime._sandboxes[WEB["Id"]] = Path("/run/docker/netns/new")
+    before = endpoints_of(WEB)
+    runtime.opened(before)
+    assert starts.unanswered, "those are of the start before"
+    runtime.opened([replace(each, netns=Path("/run/docker/netns/new")) for each in before])
+    assert not starts.unanswered

@@ -343,3 +343,46 @@ def test_many_containers(place: Place) -> None:
           f"agent {resident:.0f} MB")  # fmt: skip
     place.start_agent()
     nothing_is_left(place)
+
+
+def test_a_renamed_container_keeps_its_splice_when_the_agent_is_restarted(place: Place) -> None:
+    engine = place.engine
+    engine.run("api", *SERVER, labels=API)
+    engine.run("web", *IDLE, labels=WEB)
+    place.settled("api", "web")
+    engine.client.containers.get("api").rename("shop")
+    place.stop_agent(signal.SIGKILL)
+    spliced = (place.root / "agent.log").read_text().count("spliced")
+    place.start_agent()
+    place.settled("api", "web")
+    assert place.labels("api")["name"] == "shop"
+    assert place.pages("web", "shop") == (ALLOWED, "403")
+    assert (place.root / "agent.log").read_text().count("spliced") == spliced
+
+
+def test_an_excluded_container_that_leaves_its_network_and_joins_it_again(place: Place) -> None:
+    """With the same address and MAC, at another port."""
+    engine = place.engine
+    engine.run("api", *SERVER, labels=API)
+    network = engine.client.networks.create("again", driver="bridge")
+    engine.run("web", *IDLE, labels={**WEB, "isolator.exclude": "true"})
+    wait_for(
+        lambda: place.states() == {"api": "enforced", "web": "exempt"}, f"not what {place.status()} says"
+    )
+    place.enforces("web", "api")
+    bridge = engine.client.networks.get("bridge")
+    assert place.agent is not None
+    place.agent.send_signal(signal.SIGSTOP)
+    bridge.disconnect("web")
+    bridge.connect("web")
+    place.agent.send_signal(signal.SIGCONT)
+    place.enforces("web", "api")
+    network.remove()
+
+
+def test_a_container_that_gets_its_first_network_later(place: Place) -> None:
+    engine = place.engine
+    engine.run("late", *IDLE, labels=WEB, network_mode="none")
+    engine.client.networks.get("none").disconnect("late")
+    engine.client.networks.get("bridge").connect("late")
+    place.settled("late")
