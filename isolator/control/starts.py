@@ -33,7 +33,7 @@ starts={starts}
 for id; do :; done # the last word
 ask() {{ # the engine's shim stands in the container's folder
   read -r pid <init.pid
-  echo "$id $pid" >&3 2>/dev/null </dev/null & # where an agent hangs, the FIFO fills up
+  (exec >&3 2>/dev/null </dev/null && echo "$id $pid") & # where an agent hangs, the FIFO fills up
   asking=$!
 }}
 if [ -p "$starts/asked" ]; then
