@@ -417,6 +417,10 @@ def _protectable(request: SpliceRequest, rtnl: Rtnl) -> Link:
     if link.kind != "veth":
         kind = link.kind or ("loopback" if link.flags & IFF_LOOPBACK else "a physical device")
         raise NotProtectableError(f"{where}: not protectable: {kind}, not veth")
+    if sum(other.mac == request.interface for other in device.all_links(rtnl)) > 1:
+        raise NotProtectableError(
+            f"{where}: not protectable: two interfaces have this MAC; give one of them another (--mac-address)"
+        )
     for other in device.all_links(rtnl):
         if other.peer == link.index and other.peer_netns is None:
             raise NotProtectableError(

@@ -324,6 +324,8 @@ def test_addresses_follow_the_container(splicer: Splicer) -> None:
     ("link add mv0 link eth0 type macvlan", ("x", lab.A, "eth0"), NotProtectableError, "mv0 stands on it"),
     ("link add p0 type veth peer name p1", ("x", lab.A, "p0"), NotProtectableError, "p1 stands on it or is its other"),
     ("link add br9 type bridge", ("x", lab.A, "br9"), NotProtectableError, "bridge, not veth"),
+    ("link add p0 address 02:00:00:00:00:77 type veth peer name p1 address 02:00:00:00:00:77",
+     ("x", lab.A, "02:00:00:00:00:77"), NotProtectableError, "two interfaces have this MAC"),
 ])  # fmt: skip
 def test_what_cannot_be_spliced_is_refused_in_one_line(
     splicer: Splicer, setup: str, request_: tuple[str, str, str], error: type[SpliceError], message: str
