@@ -32,6 +32,7 @@ from isolator.records import Recorder
 from isolator.roster import Roster
 from isolator.worker import Worker
 
+KEPT_MAX = 256  # labels' policies of containers that went, kept for when they come back
 REFUSED_FOR = 30.0  # s until what could not be put in force is tried again as it is
 
 log = structlog.get_logger()
@@ -93,9 +94,8 @@ class Enforcement:
         self._inspector, self._recorder = inspector, recorder
         self._in_force: Known | None = None
         self._labelled: dict[LabelSet, PolicySource] = {}  # in force
-        self._read: dict[
-            LabelSet, PolicySource
-        ] = {}  # the last that were read: nothing is parsed or told twice
+        self._read: dict[LabelSet, PolicySource] = {}  # of who is there
+        self._gone: dict[LabelSet, PolicySource] = {}  # and was: nothing is parsed twice; who went last comes last
         self._refused: tuple[Known, float] | None = None  # and since when
         self._stamps = stamps(path, loaded.config)
 
@@ -158,7 +158,10 @@ class Enforcement:
 
     async def _read_labels(self, known: Known) -> dict[LabelSet, PolicySource]:
         before = self._read
-        self._read = await self._work(label_policies, list(known.endpoints.values()), before)
+        kept = self._gone | before
+        self._read = await self._work(label_policies, list(known.endpoints.values()), kept)
+        gone = [(own, source) for own, source in kept.items() if own not in self._read]
+        self._gone = dict(gone[-KEPT_MAX:])
         for own in self._read.keys() - before.keys():
             for problem in errors_in(self._read[own].problems):
                 log.error("closed by its labels", error=str(problem))

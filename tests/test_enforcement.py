@@ -298,6 +298,31 @@ def test_labels_are_read_when_something_changes_and_in_the_worker(
     assert len(read) == 2 and threading.main_thread().name not in read
 
 
+def test_what_was_read_of_labels_that_went_for_a_while_is_not_read_again(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last ones that went; but whoever comes back closed is told again."""
+    monkeypatch.setattr(enforcement, "KEPT_MAX", 2)
+    known: list[set[str]] = []
+
+    def reading(endpoints: Any, before: Any) -> Any:
+        known.append({source.policy.name for source in before.values()})
+        return label_policies(endpoints, before)
+
+    async def come_and_go() -> None:
+        for name in ("a", "b", "c", "a"):
+            setting.roster.put(2, Endpoint(name, {"name": name, LABEL: "x"}), ())
+            await setting.policy.catch_up()
+            setting.roster.remove(2)
+            await setting.policy.catch_up()
+
+    monkeypatch.setattr(enforcement, "label_policies", reading)
+    setting.play(come_and_go)
+    a, b, c = "label:a", "label:b", "label:c"
+    assert known[-8:] == [set(), {a}, {a}, {a, b}, {a, b}, {a, b, c}, {b, c}, {b, c, a}]
+    assert len(told_errors(capsys.readouterr().out)) == 4
+
+
 def test_what_cannot_be_written_leaves_the_labels_policies_before(setting: Setting) -> None:
     async def appear() -> None:
         setting.roster.put(2, Endpoint("api", labelled(8080)), ())

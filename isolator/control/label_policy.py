@@ -35,6 +35,9 @@ from isolator.core.policy import Action, DenyWith, Failure, LabelSet, Mode, Poli
 LABEL_MAX = 8192
 """Bytes of a label's value. What is larger belongs into a file."""
 
+LABELS_MAX = 16
+"""Labels of ours that a container may have. There are 8."""
+
 NODES_MAX = 2048
 """Values of a label after its aliases are written out."""
 
@@ -113,13 +116,18 @@ def label_policy(labels: Mapping[str, str]) -> PolicySource | None:
     own, container = own_labels(labels), labels.get("name", "")
     keys = sorted(key for key, _ in own if is_own(key))
     read = Read()
+    if len(keys) > LABELS_MAX:
+        origin = f"container {container}, labels {OWN}*"
+        problem = Problem(origin, 1, 1, f"{len(keys)} labels, of {LABELS_MAX}: known are {', '.join(KNOWN)}")
+        return closed(f"label:{container}", container, own, origin, [problem])
     for key in keys:
-        place = f"container {container}, label {key if key.isprintable() else repr(key)}"
+        place = f"container {container}, label {shortened(key if key.isprintable() else repr(key))}"
         try:
             read_label(key, labels[key], place, read)
         except Exception as error:  # a label may hold anything, and closes nobody but its container
             read.problems.append(Problem(place, 1, 1, f"cannot be read: {error!r}"))
-    origin = f"container {container}, label{'s' * (len(keys) > 1)} {', '.join(filter(str.isprintable, keys))}"
+    shown = ", ".join(shortened(key) for key in keys if key.isprintable())
+    origin = f"container {container}, label{'s' * (len(keys) > 1)} {shown}"
     name, ingress, egress = f"label:{container}", Direction.INGRESS, Direction.EGRESS
     policy = Policy(
         name, own, **read.words,
@@ -186,7 +194,7 @@ def read_label(key: str, value: str, place: str, read: Read) -> None:
             read.words[word] = WORDS[word](value)
             read.written[word] = value
     else:
-        near = get_close_matches(key.lower(), KNOWN, 1)
+        near = get_close_matches(shortened(key.lower()), KNOWN, 1)
         hint = f"did you mean {near[0]}? Known" if near else "remove it; known"
         read.problems.append(Problem(place, 1, 1, f"there is no such label: {hint}: {', '.join(KNOWN)}"))
 

@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.scanner import Scanner
 
 from isolator.control.problems import Problem
 
@@ -35,6 +36,20 @@ Mark = tuple[int, int]
 TAG = "tag:yaml.org,2002:"
 INTEGER = re.compile(r"[-+]?[0-9]+")
 PREFIXED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+
+
+class TooDeepError(Exception):
+    """More than DEPTH_MAX values inside each other."""
+
+
+class ShallowScanner(Scanner):
+    """Gives up at the first bracket that is too deep: for each token in brackets ruamel looks at all around it, and
+    before a key is out of the question it has read on for 1,024 characters."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any, to_push: str) -> None:  # noqa: N803 - ruamel's name
+        if len(self.flow_context) >= DEPTH_MAX:
+            raise TooDeepError
+        super().fetch_flow_collection_start(TokenClass, to_push)
 
 
 @dataclass(slots=True)
@@ -88,13 +103,15 @@ def parse_documents(
         good = data[: error.start]
         line, column = good.count(b"\n") + 1, len(good) - (good.rfind(b"\n") + 1) + 1
         return [], [Problem(file, line, column, "this is not UTF-8: save it as UTF-8")]
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Scanner = ShallowScanner
     try:
-        nodes = list(YAML(typ="safe", pure=True).compose_all(text))
+        nodes = list(yaml.compose_all(text))
     except YAMLError as error:
         return [], [syntax_problem(error, text, file)]
     except ValueError as error:  # a %YAML directive's number
         return [], [Problem(file, 1, 1, f"this is not YAML ({error}): check its first lines")]
-    except RecursionError:
+    except (TooDeepError, RecursionError):
         return [], [Problem(file, 1, 1, f"more than {DEPTH_MAX} values inside each other: it is too deep")]
     documents = [Builder(file, nodes_max).build(node) for node in nodes if not is_nothing(node)]
     problems = [problem for document in documents for problem in document.problems]

@@ -7,10 +7,12 @@ import json
 from ipaddress import ip_network
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ruamel.yaml.scanner import Scanner
 
 from isolator.control.config import (
     Config,
@@ -21,6 +23,7 @@ from isolator.control.config import (
     load_config,
     load_policies,
 )
+from isolator.control.yaml_source import DEPTH_MAX, parse_documents
 from isolator.core.pattern import HostPattern, PathPattern
 from isolator.core.policy import (
     Action,
@@ -268,6 +271,21 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         "isolator.yaml:1:1: there is no such file or folder: correct the path or make it"
     ]
     assert "cannot be read (Is a directory)" in told(tmp_path, tmp_path)[0]
+
+
+@pytest.mark.parametrize("text", ["[" * 4000, "{" * 4000, '["]",' * 1500, "[{}," * 2000, "[? " * 2500])
+def test_brackets_are_not_read_beyond_the_depth(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """For each token ruamel looks at every bracket around it."""
+    opened = []
+    fetch = Scanner.fetch_flow_collection_start
+
+    def counted(scanner: Any, *arguments: Any) -> None:
+        opened.append(len(scanner.flow_context))
+        fetch(scanner, *arguments)
+
+    monkeypatch.setattr(Scanner, "fetch_flow_collection_start", counted)
+    _, (problem,) = parse_documents(text.encode(), "p.yaml")
+    assert "more than 64 values inside each other" in problem.message and max(opened) < DEPTH_MAX
 
 
 def test_many_aliases_do_not_take_all_memory(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from isolator.control.config import PolicySource, load_policies
 from isolator.control.label_policy import (
     LABEL_MAX,
+    LABELS_MAX,
     PROBLEMS_MAX,
     label_policies,
     label_policy,
@@ -192,6 +193,20 @@ def test_every_mistake_is_told_at_once() -> None:
         f"{AT}isolator.mode:1:1: 'isolator.mode' cannot be 'x': write one of protect, monitor",
     ]  # fmt: skip
     assert len(told(source_of(allow_ingress="[" + "1, " * 100 + "]"))) == PROBLEMS_MAX
+
+
+def test_of_many_labels_their_number_is_told_and_none_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isolator.control.label_policy.read_label", None)
+    source = source_of(**{f"allow.ingres{at}": READ for at in range(LABELS_MAX + 1)})
+    (line,) = told(source)
+    assert line.startswith("container api, labels isolator.*:1:1: 17 labels, of 16: known are isolator.mode, ")
+    assert is_closed(source)
+
+
+def test_a_long_label_is_told_by_its_beginning() -> None:
+    (line,) = told(source_of(**{"a" * 100_000: READ}))
+    assert line.startswith(f"container api, label isolator.{'a' * 31}…:1:1: there is no such label")
+    assert len(line) < 400
 
 
 def test_two_labels_with_one_rules_name() -> None:
