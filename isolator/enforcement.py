@@ -95,7 +95,9 @@ class Enforcement:
         self._in_force: Known | None = None
         self._labelled: dict[LabelSet, PolicySource] = {}  # in force
         self._read: dict[LabelSet, PolicySource] = {}  # of who is there
-        self._gone: dict[LabelSet, PolicySource] = {}  # and was: nothing is parsed twice; who went last comes last
+        self._gone: dict[
+            LabelSet, PolicySource
+        ] = {}  # and was: nothing is parsed twice; who went last comes last
         self._refused: tuple[Known, float] | None = None  # and since when
         self._stamps = stamps(path, loaded.config)
 

@@ -199,7 +199,9 @@ def test_of_many_labels_their_number_is_told_and_none_is_read(monkeypatch: pytes
     monkeypatch.setattr("isolator.control.label_policy.read_label", None)
     source = source_of(**{f"allow.ingres{at}": READ for at in range(LABELS_MAX + 1)})
     (line,) = told(source)
-    assert line.startswith("container api, labels isolator.*:1:1: 17 labels, of 16: known are isolator.mode, ")
+    assert line.startswith(
+        "container api, labels isolator.*:1:1: 17 labels, of 16: known are isolator.mode, "
+    )
     assert is_closed(source)
 
 
