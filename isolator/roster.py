@@ -3,7 +3,7 @@ from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from isolator.core.identities import Address
 from isolator.core.model import ENTITY, Endpoint, Outsider
@@ -46,13 +46,22 @@ class Roster:
 
 
 def with_host(outsiders: Iterable[Outsider], addresses: Sequence[Address]) -> tuple[Outsider, ...]:
-    """With the host itself as an outsider. A gateway whose address is the host's own is the host, with the label of
-    its network: `{entity: host}` selects all of the host, `{entity: host, network: back}` the gateway of `back`."""
-    mine, found = frozenset(addresses), []
-    for each in outsiders:
-        if each.labels.get(ENTITY) == "gateway" and mine.issuperset(each.addresses):
-            each = Outsider(each.name, {**each.labels, ENTITY: "host"}, each.addresses)
-        found.append(each)
+    """With the host itself as an outsider. Those addresses of a gateway that are the host's own are the host, with
+    the label of its network: `{entity: host}` selects all of the host, `{entity: host, network: back}` the gateway
+    of `back`."""
+    mine = frozenset(addresses)
+    found = [part for each in outsiders for part in parted(each, mine)]
     taken = {address for each in found for address in each.addresses}
     rest = tuple(address for address in addresses if address not in taken and not address.is_loopback)
     return (*found, Outsider("host", {ENTITY: "host"}, rest)) if rest else tuple(found)
+
+
+def parted(outsider: Outsider, mine: Collection[Address]) -> Iterator[Outsider]:
+    """A gateway's addresses that are the host's, and those that are not; the others as they are."""
+    if outsider.labels.get(ENTITY) != "gateway":
+        yield outsider
+        return
+    for entity, is_mine in ("host", True), ("gateway", False):
+        addresses = tuple(address for address in outsider.addresses if (address in mine) is is_mine)
+        if addresses:
+            yield Outsider(outsider.name, {**outsider.labels, ENTITY: entity}, addresses)
