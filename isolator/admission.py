@@ -15,7 +15,7 @@ from typing import Protocol
 import structlog
 
 from isolator.control.runtime import Runtime, RuntimeAwayError
-from isolator.core.identities import Address
+from isolator.core.identities import Interface
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.gate import HostEnd
 from isolator.worker import Worker
@@ -33,7 +33,7 @@ class Gate(Protocol):
 
     def shut(self) -> None: ...
     def remove(self) -> None: ...
-    def addresses(self) -> list[Address]: ...
+    def addresses(self) -> list[Interface]: ...
     def host_ends(self) -> list[HostEnd]: ...
     def host_end(self, netns: str, which: int | str) -> int: ...
     def admit(self, wanted: Collection[int]) -> bool: ...
@@ -76,7 +76,7 @@ class Admission:
         if self._gate is not None:
             await self._work(self._gate.remove)
 
-    async def host_addresses(self) -> list[Address]:
+    async def host_addresses(self) -> list[Interface]:
         try:
             return await self._work(self._host.addresses) if self._host is not None else []
         except OSError as error:

@@ -4,9 +4,12 @@ from it."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from ipaddress import IPv4Address, IPv4Interface
 
-from isolator.core.identities import Address
+from isolator.core.identities import Address, Interface
 from isolator.core.model import ENTITY, Endpoint, Outsider
+
+LIMITED_BROADCAST = IPv4Address("255.255.255.255")
 
 
 class Roster:
@@ -45,15 +48,28 @@ class Roster:
             self.owners.update(dict.fromkeys(self._texts[number], endpoint))
 
 
-def with_host(outsiders: Iterable[Outsider], addresses: Sequence[Address]) -> tuple[Outsider, ...]:
-    """With the host itself as an outsider. Those addresses of a gateway that are the host's own are the host, with
-    the label of its network: `{entity: host}` selects all of the host, `{entity: host, network: back}` the gateway
-    of `back`."""
-    mine = frozenset(addresses)
+def with_host(outsiders: Iterable[Outsider], interfaces: Sequence[Interface]) -> tuple[Outsider, ...]:
+    """With the host itself as an outsider: its addresses, and what else it listens to. Those addresses of a gateway
+    that are the host's own are the host, with the label of its network: `{entity: host}` selects all of the host,
+    `{entity: host, network: back}` the gateway of `back`."""
+    mine = {each.ip for each in interfaces}
     found = [part for each in outsiders for part in parted(each, mine)]
     taken = {address for each in found for address in each.addresses}
-    rest = tuple(address for address in addresses if address not in taken and not address.is_loopback)
-    return (*found, Outsider("host", {ENTITY: "host"}, rest)) if rest else tuple(found)
+    heard = dict.fromkeys([*(each.ip for each in interfaces), *also_heard(interfaces)])
+    rest = tuple(address for address in heard if address not in taken and not address.is_loopback)
+    return (*found, Outsider("host", {ENTITY: "host"}, rest))
+
+
+def also_heard(interfaces: Iterable[Interface]) -> Iterator[Address]:
+    """Broadcasts, in a network's lowest address too (kernels before 5.14 take it for one), and IPv6 routers' anycast
+    (RFC 4291 section 2.6.1; the kernel joins it where it forwards)."""
+    yield LIMITED_BROADCAST
+    for each in interfaces:
+        network = each.network
+        if network.prefixlen < network.max_prefixlen - 1:  # RFC 3021, RFC 6164
+            yield network.network_address
+            if isinstance(each, IPv4Interface):
+                yield network.broadcast_address
 
 
 def parted(outsider: Outsider, mine: Collection[Address]) -> Iterator[Outsider]:

@@ -18,7 +18,7 @@ from isolator.admission import Place
 from isolator.control.agent_view import EndpointState
 from isolator.control.runtime import Change, ChangeKind, RuntimeEndpoint
 from isolator.core.compile import PolicyTooLarge
-from isolator.core.identities import Address
+from isolator.core.identities import Address, Interface
 from isolator.core.model import Endpoint, Outsider
 from isolator.datapath.splice import InterfaceMissingError, Recovered, Splice, SpliceRequest
 from isolator.endpoints import Endpoints
@@ -154,7 +154,7 @@ class FakeGate:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.admitted: list[Place] = []
-        self.host: list[Address] = []
+        self.host: list[Interface] = []
 
     async def shut(self) -> None:
         self.calls.append("shut")
@@ -162,7 +162,7 @@ class FakeGate:
     async def open(self) -> None:
         self.calls.append("open")
 
-    async def host_addresses(self) -> list[Address]:
+    async def host_addresses(self) -> list[Interface]:
         return self.host
 
     async def admit(self, place: Place) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from isolator.admission import Admission
 from isolator.control.runtime import RuntimeAwayError
-from isolator.core.identities import Address
+from isolator.core.identities import Interface
 from isolator.datapath.gate import HostEnd
 from isolator.datapath.netns import NetnsMissingError
 from isolator.datapath.nftables import NftablesError
@@ -35,7 +35,7 @@ class FakeKernelGate:
     def remove(self) -> None:
         self.admitted = {each.ifindex for each in self.there}
 
-    def addresses(self) -> list[Address]:
+    def addresses(self) -> list[Interface]:
         raise OSError("busy")
 
     def host_ends(self) -> list[HostEnd]:

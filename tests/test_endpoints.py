@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_interface
 
 import pytest
 
@@ -472,7 +472,7 @@ def test_an_exempt_endpoint_that_goes_and_comes_back() -> None:
 def test_rules_can_name_who_is_exempt_the_host_and_its_gateways() -> None:
     world = World("a", there=("a",))
     world.policy.exempt = {"": "excluded"}
-    world.gate.host = [ip_address("10.1.0.1"), ip_address("10.2.0.1"), ip_address("127.0.0.1")]
+    world.gate.host = [ip_interface(each) for each in ("10.1.0.1/32", "10.2.0.1/31", "127.0.0.1/8")]
     world.runtime.known = (
         Outsider("gateway of back", {"entity": "gateway", "network": "back"}, (ip_address("10.2.0.1"),)),
         Outsider("gateway of far", {"entity": "gateway", "network": "far"}, (ip_address("10.3.0.1"),)),
@@ -489,7 +489,7 @@ def test_rules_can_name_who_is_exempt_the_host_and_its_gateways() -> None:
         "a": ({"app": "web"}, ["10.9.0.1"]),
         "gateway of back": ({"entity": "host", "network": "back"}, ["10.2.0.1"]),
         "gateway of far": ({"entity": "gateway", "network": "far"}, ["10.3.0.1"]),
-        "host": ({"entity": "host"}, ["10.1.0.1"]),
+        "host": ({"entity": "host"}, ["10.1.0.1", "255.255.255.255"]),
     }
     assert world.roster.owners["10.9.0.1"].name == "a"
 

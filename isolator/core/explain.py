@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
-from isolator.core.identities import Address, identify, owners_of
+from isolator.core.identities import MULTICAST, NOBODY, Address, identify, owners_of
 from isolator.core.model import Decision, Direction, DropReason, Endpoint, Outsider, RuleRef, Verdict
 from isolator.core.policy import (
     PROTOCOLS,
@@ -29,7 +29,7 @@ from isolator.core.policy import (
 from parsers.errors import DissectError
 from parsers.path import readings
 
-WORLD = "world"
+WORLD, GROUP = "world", "multicast"
 TCP_OR_UDP = (PROTOCOLS["tcp"], UDP)
 
 
@@ -213,8 +213,8 @@ def party(
     for outsider in outsiders:
         if outsider.name == name and outsider.addresses:
             return Party(name, identify(outsider.addresses[0], policies, owners), None)
-    if name == WORLD:
-        return Party(name, Identity(), None)
+    if name in (WORLD, GROUP):
+        return Party(name, Identity(MULTICAST if name == GROUP else NOBODY), None)
     try:
         address = ip_address(name)
     except ValueError:

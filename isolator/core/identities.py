@@ -3,25 +3,28 @@
 Policies name labels and networks; packets carry addresses. Two addresses that no rule can tell apart share
 one identity, so the kernel's policy entries multiply with identities, not with addresses.
 
-    networks that policies name, endpoints' addresses, 0.0.0.0/0, ::/0 → prefixes
-    each prefix → (whose labels, which networks it lies in)            → number, from 1
+    networks that policies name, endpoints' addresses, groups', 0.0.0.0/0, ::/0 → prefixes
+    each prefix → (whose labels, which networks it lies in)                     → number, from 1
 
 An address's identity is that of its longest prefix: any network that holds the address and is longer would
 itself be a longer prefix. IPv4 stands mapped into IPv6 (::ffff:a.b.c.d), but `::/0` is not the parent of
-0.0.0.0/0: the families are kept apart.
+0.0.0.0/0: the families are kept apart. Multicast groups belong to `{entity: multicast}`: they are everybody's near,
+the host's too, and not the world's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from typing import NamedTuple
 
-from isolator.core.model import Endpoint, Outsider
+from isolator.core.model import ENTITY, Endpoint, Outsider
 from isolator.core.policy import Identity, LabelSet, Network, Policy, labels_of
 
 Address = IPv4Address | IPv6Address
+Interface = IPv4Interface | IPv6Interface
+"""An address, and the network that its interface is in."""
 
 IDENTITIES_MAX = 131072
 """Prefixes the kernel's map holds (IDENTITIES_MAX of the shared header): two generations, so half each."""
@@ -29,6 +32,9 @@ IDENTITIES_MAX = 131072
 MAPPED_BITS = 96
 MAPPED = 0xFFFF << 32
 EVERYWHERE: tuple[Network, ...] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
+GROUPS: tuple[Network, ...] = (IPv4Network("224.0.0.0/4"), IPv6Network("ff00::/8"))
+MULTICAST = frozenset({labels_of({ENTITY: "multicast"})})
+NOBODY: frozenset[LabelSet] = frozenset()
 
 
 class IdentityPrefix(NamedTuple):
@@ -71,6 +77,11 @@ def unmapped(address: Address) -> Address:
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 
 
+def unowned(place: Address | Network) -> frozenset[LabelSet]:
+    """Whose an address is that no endpoint and no outsider has."""
+    return MULTICAST if place.is_multicast else NOBODY
+
+
 def owners_of(
     endpoints: Mapping[int, Endpoint],
     addresses: Mapping[int, Iterable[Address]],
@@ -83,7 +94,7 @@ def owners_of(
     ]
     for labels, held in having:
         for address in map(unmapped, held):
-            owners[address] = owners.get(address, frozenset()) | {labels_of(labels)}
+            owners[address] = owners.get(address, NOBODY) | {labels_of(labels)}
     return owners
 
 
@@ -94,7 +105,7 @@ def identify(
     address = unmapped(address)
     families = Families(network for policy in policies for network in policy.networks())
     held = families.holding(address.version, int(address), address.max_prefixlen)
-    return Identity(owners.get(address, frozenset()), held)
+    return Identity(owners.get(address, unowned(address)), held)
 
 
 def build_identities(
@@ -115,10 +126,10 @@ def build_identities(
         number = numbers.setdefault(identity, len(numbers) + 1)
         prefixes.append(mapped_prefix(version, value, prefixlen, number))
 
-    for network in sorted({*named, *EVERYWHERE}, key=network_order):
+    for network in sorted({*named, *EVERYWHERE, *GROUPS}, key=network_order):
         whole = network.prefixlen == network.max_prefixlen and network.network_address in owners
         if not whole:
-            add(network.version, int(network.network_address), network.prefixlen, frozenset())
+            add(network.version, int(network.network_address), network.prefixlen, unowned(network))
     for address in sorted(owners, key=lambda each: (each.version, int(each))):
         add(address.version, int(address), address.max_prefixlen, owners[address])
     return Identities(tuple(prefixes), numbers, {number: name_of(each) for each, number in numbers.items()})

@@ -126,7 +126,7 @@ class Endpoint:
 
 
 ENTITY = "entity"
-"""The label of outsiders that are no workload: `host`, `gateway`. Only a selection that names it chooses them."""
+"""The label of who is no workload: `host`, `gateway`, `multicast`. Only a selection that names it chooses them."""
 
 
 @dataclass(frozen=True, slots=True)

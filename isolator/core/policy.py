@@ -120,7 +120,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Any address that is no endpoint's, and not the host's, a gateway's or a service's."""
+    """Any address that is no endpoint's, not the host's, a gateway's or a service's, and no multicast group's."""
 
     def matches(self, identity: Identity, widest: bool) -> bool:
         return not identity.owners

@@ -24,15 +24,15 @@ import struct
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import ip_interface
 from types import TracebackType
 from typing import Any, Self
 
+from isolator.core.identities import Interface
 from isolator.datapath import device, nftables, snapshot
 from isolator.datapath.netns import Netns
 from isolator.datapath.nftables import NftablesError
 from isolator.datapath.rtnl import Rtnl, attributes, u32
-from isolator.datapath.splice import Address
 
 FAMILIES, RULES = ("bridge", "inet", "arp"), 4
 FIRST, LAST = -400, 400  # priorities: before and after everybody else's bridge chains
@@ -112,9 +112,12 @@ class Gate:
         found = dict(attributes(self._rtnl.get(RTM_GETNSID, body), len(RTGENMSG)))
         return int(NSID.unpack(found[NETNSA_NSID])[0])
 
-    def addresses(self) -> list[Address]:
-        """Every address of the host itself, its bridges' among them."""
-        return [ip_address(snapshot.address_bytes(body)) for body in snapshot.dump_addresses(self._rtnl, 0)]
+    def addresses(self) -> list[Interface]:
+        """Every address of the host itself, its bridges' among them, with its network's length."""
+        return [
+            ip_interface((snapshot.address_bytes(body), snapshot.prefix_length(body)))
+            for body in snapshot.dump_addresses(self._rtnl, 0)
+        ]
 
     # -- the table ------------------------------------------------------------------------------------------
 

@@ -150,6 +150,12 @@ def address_bytes(body: bytes) -> bytes:
     return found.get(IFA_LOCAL) or found[IFA_ADDRESS]
 
 
+def prefix_length(body: bytes) -> int:
+    """Of the network in an address message."""
+    _, prefix, *_ = IFADDR.unpack_from(body)
+    return int(prefix)
+
+
 def _address_key(body: bytes) -> tuple[int, int, bytes, bytes]:
     return body[0], body[1], address_bytes(body), dict(attributes(body, IFADDR.size)).get(IFA_ADDRESS, b"")
 

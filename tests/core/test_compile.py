@@ -51,14 +51,29 @@ PEERS = [
     *(address for addresses in ADDRESSES.values() for address in addresses),
     *map(
         ip_address,
-        ("10.0.0.77", "10.9.1.1", "10.9.7.9", "8.8.8.8", "0.0.0.0", "fd00::77", "2001:db8::1", "::"),
+        (
+            "10.0.0.77",
+            "10.9.1.1",
+            "10.9.7.9",
+            "8.8.8.8",
+            "0.0.0.0",
+            "224.0.0.251",
+            "239.1.0.1",
+            "223.255.255.255",
+            "240.0.0.0",
+            "fd00::77",
+            "2001:db8::1",
+            "::",
+            "ff02::fb",
+            "feff::1",
+        ),
     ),
 ]
 NETWORKS = [
     ip_network(each)
     for each in (
         "0.0.0.0/0", "::/0", "10.0.0.0/8", "10.0.0.0/24", "10.0.0.1/32", "10.9.0.0/16", "10.9.7.0/24",
-        "10.9.7.3/32", "fd00::/8", "fd00::/64", "fd00::3/128",
+        "10.9.7.3/32", "fd00::/8", "fd00::/64", "fd00::3/128", "192.0.0.0/2", "224.0.0.251/32", "ff02::/16",
     )
 ]  # fmt: skip
 POINTS = [(6, 80), (6, 443), (6, 9), (17, 80), (17, 53), (1, 0), (132, 0)]
@@ -99,9 +114,10 @@ def kernel(
 
 def peer_matches(peer: Peer, address: Address, deny: bool) -> bool:
     owners = [ENDPOINTS[number].labels.items() for number, having in ADDRESSES.items() if address in having]
+    groups = any(address in ip_network(each) for each in ("224.0.0.0/4", "ff00::/8"))
     match peer:
         case World():
-            return not owners
+            return not owners and not groups
         case Range(network, excluded):
             return address in network and not any(address in each for each in excluded)
         case Selected(labels):
@@ -323,7 +339,7 @@ def test_addresses_nobody_tells_apart_share_an_identity() -> None:
     many = {number: Endpoint(f"e{number}", {"app": "shop"}) for number in range(1, 51)}
     addresses: dict[int, list[Address]] = {number: [IPv4Address(f"10.0.0.{number}")] for number in many}
     compiled = compile_policies([Policy("p", ingress=(Rule("r", peers=(World(),)),))], many, addresses, 1)
-    assert sorted(compiled.identity_names.values()) == ["app=shop", "world"]
+    assert sorted(compiled.identity_names.values()) == ["app=shop", "entity=multicast", "world"]
     assert len(compiled.entries) == 50 * (2 + 1)
 
 
@@ -332,6 +348,7 @@ def test_addresses_nobody_tells_apart_share_an_identity() -> None:
     (Selected(labels_of({"app": "web"})), ["app=web"]),
     (Selected(labels_of({"entity": "host"})), ["entity=host", "entity=host,network=back"]),
     (Selected(labels_of({"entity": "host", "network": "back"})), ["entity=host,network=back"]),
+    (Selected(labels_of({"entity": "multicast"})), ["entity=multicast"]),
     (Selected(labels_of({"network": "back"})), []),
     (World(), ["world"]),
 ])  # fmt: skip

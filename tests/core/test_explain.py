@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from isolator.core.explain import Explanation, Question, QuestionError, explain
 from isolator.core.model import Direction, Endpoint, Outsider, Verdict
 from isolator.core.pattern import PathPattern
-from isolator.core.policy import Action, HttpRule, Mode, Policy, PortMatch, Range, Rule, Selected, labels_of
+from isolator.core.policy import (
+    Action,
+    HttpRule,
+    Mode,
+    Peer,
+    Policy,
+    PortMatch,
+    Range,
+    Rule,
+    Selected,
+    World,
+    labels_of,
+)
 from tests.core.requests import Ask
 from tests.core.test_compile import ADDRESSES, ASKS, ENDPOINTS, allowed, policies
 
@@ -142,3 +154,13 @@ def test_outsiders_can_be_asked_about() -> None:
     assert explain(POLICIES, ENDPOINTS, ADDRESSES, question, [host]).halves[0].decision.rule is not None
     with pytest.raises(QuestionError, match="there are: api, bare, host, spy, web"):
         explain(POLICIES, ENDPOINTS, ADDRESSES, Question("nobody", "api", 22), [host])
+
+
+@pytest.mark.parametrize("group", ["multicast", "224.0.0.251", "ff02::fb"])
+def test_multicast_is_not_the_world(group: str) -> None:
+    def allowed(peer: Peer) -> bool:
+        policy = Policy("p", egress=(Rule("r", peers=(peer,)),))
+        return explain([policy], ENDPOINTS, ADDRESSES, Question("spy", group, 5353, "udp")).allowed
+
+    assert not allowed(World()) and not allowed(Selected(labels_of({})))
+    assert allowed(Selected(labels_of({"entity": "multicast"})))

@@ -91,6 +91,13 @@ def test_host_ends_are_found_by_their_peer_and_tell_their_bridge(bridge: Bridge)
     assert bridge.gate.host_end(bridge.containers[0], "lo") == 0
 
 
+def test_the_hosts_addresses_tell_their_networks(bridge: Bridge) -> None:
+    ip(HOST, "addr add fd77::1/64 dev br0 nodad")
+    ip(HOST, "addr add 10.78.0.1 peer 10.78.0.2 dev br0")
+    told = [str(each) for each in bridge.gate.addresses() if not each.ip.is_link_local]
+    assert sorted(told) == ["10.77.0.1/24", "10.78.0.1/32", "fd77::1/64"]
+
+
 def test_devices_that_are_no_container_are_not_its_business(bridge: Bridge) -> None:
     bridge.gate.shut()
     bridge.container("vm", prefix="tap")
