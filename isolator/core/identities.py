@@ -8,8 +8,8 @@ one identity, so the kernel's policy entries multiply with identities, not with 
 
 An address's identity is that of its longest prefix: any network that holds the address and is longer would
 itself be a longer prefix. IPv4 stands mapped into IPv6 (::ffff:a.b.c.d), but `::/0` is not the parent of
-0.0.0.0/0: the families are kept apart. Multicast groups belong to `{entity: multicast}`: they are everybody's near,
-the host's too, and not the world's.
+0.0.0.0/0: the families are kept apart. Multicast groups belong to `{entity: multicast}`, addresses of IPv6's link that
+nobody is known to have to `{entity: link-local}`: they are near, may be anybody's, the host's too, and not the world's.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ IDENTITIES_MAX = 131072
 MAPPED_BITS = 96
 MAPPED = 0xFFFF << 32
 EVERYWHERE: tuple[Network, ...] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
-GROUPS: tuple[Network, ...] = (IPv4Network("224.0.0.0/4"), IPv6Network("ff00::/8"))
+NEAR: tuple[Network, ...] = (IPv4Network("224.0.0.0/4"), IPv6Network("ff00::/8"), IPv6Network("fe80::/10"))
 MULTICAST = frozenset({labels_of({ENTITY: "multicast"})})
+LINK = frozenset({labels_of({ENTITY: "link-local"})})
 NOBODY: frozenset[LabelSet] = frozenset()
 
 
@@ -79,6 +80,8 @@ def unmapped(address: Address) -> Address:
 
 def unowned(place: Address | Network) -> frozenset[LabelSet]:
     """Whose an address is that no endpoint and no outsider has."""
+    if place.version == 6 and place.is_link_local:
+        return LINK
     return MULTICAST if place.is_multicast else NOBODY
 
 
@@ -126,7 +129,7 @@ def build_identities(
         number = numbers.setdefault(identity, len(numbers) + 1)
         prefixes.append(mapped_prefix(version, value, prefixlen, number))
 
-    for network in sorted({*named, *EVERYWHERE, *GROUPS}, key=network_order):
+    for network in sorted({*named, *EVERYWHERE, *NEAR}, key=network_order):
         whole = network.prefixlen == network.max_prefixlen and network.network_address in owners
         if not whole:
             add(network.version, int(network.network_address), network.prefixlen, unowned(network))

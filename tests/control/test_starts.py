@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from isolator.control.starts import Starts, sandbox_of_process, script
+from isolator.lab import wait_for
 
 ID = "4f" * 32
 RUNC = '#!/bin/sh\necho "runc $*"\necho problem >&2\ncase "$*" in *bad*) exit 7;; esac\n'
@@ -35,6 +36,12 @@ def call(folder: Path, *words: str) -> tuple[int, str, str, float]:
     return done.returncode, done.stdout, done.stderr, time.monotonic() - begin
 
 
+def asked(starts: Starts) -> bool:
+    """It is asked in the background."""
+    wait_for(starts.read, "nobody asked")
+    return True
+
+
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("command", ["create", "kill", "delete"])
 def test_it_is_runc(folder: Path, command: str, there: bool) -> None:
@@ -52,7 +59,7 @@ def test_a_start_waits_for_the_answer(folder: Path) -> None:
     starts = Starts(folder / "a state", 20)
     with starts.listening() as fd:
         call(folder, "create", ID)
-        assert starts.read() and starts.waiting == {ID: os.getpid()} and starts.unanswered == {ID}
+        assert asked(starts) and starts.waiting == {ID: os.getpid()} and starts.unanswered == {ID}
         late = threading.Timer(0.3, starts.answer, [ID])
         late.start()
         code, told, _, seconds = call(folder, "start", ID)
@@ -66,7 +73,7 @@ def test_a_start_that_is_answered_before_does_not_wait(folder: Path) -> None:
     starts = Starts(folder / "a state", 20)
     with starts.listening():
         call(folder, "create", ID)
-        starts.read()
+        assert asked(starts)
         starts.answer(ID)
         assert call(folder, "start", ID)[3] < 10
 
@@ -114,7 +121,7 @@ def test_what_is_no_question_is_passed_over(tmp_path: Path) -> None:
             os.write(fd, noise)
         assert not starts.read() and not starts.waiting
         os.write(fd, f"{ID} 1\n".encode())
-        assert starts.read() and starts.waiting == {ID: 1}
+        assert asked(starts) and starts.waiting == {ID: 1}
         starts.answer("f" * 64)
         assert not (starts.folder / ("f" * 64)).exists()
 

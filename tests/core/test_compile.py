@@ -339,7 +339,12 @@ def test_addresses_nobody_tells_apart_share_an_identity() -> None:
     many = {number: Endpoint(f"e{number}", {"app": "shop"}) for number in range(1, 51)}
     addresses: dict[int, list[Address]] = {number: [IPv4Address(f"10.0.0.{number}")] for number in many}
     compiled = compile_policies([Policy("p", ingress=(Rule("r", peers=(World(),)),))], many, addresses, 1)
-    assert sorted(compiled.identity_names.values()) == ["app=shop", "entity=multicast", "world"]
+    assert sorted(compiled.identity_names.values()) == [
+        "app=shop",
+        "entity=link-local",
+        "entity=multicast",
+        "world",
+    ]
     assert len(compiled.entries) == 50 * (2 + 1)
 
 
@@ -349,6 +354,7 @@ def test_addresses_nobody_tells_apart_share_an_identity() -> None:
     (Selected(labels_of({"entity": "host"})), ["entity=host", "entity=host,network=back"]),
     (Selected(labels_of({"entity": "host", "network": "back"})), ["entity=host,network=back"]),
     (Selected(labels_of({"entity": "multicast"})), ["entity=multicast"]),
+    (Selected(labels_of({"entity": "link-local"})), ["entity=link-local"]),
     (Selected(labels_of({"network": "back"})), []),
     (World(), ["world"]),
 ])  # fmt: skip
