@@ -21,9 +21,10 @@ from typing import Protocol
 import structlog
 
 from isolator.control.config import Config, Loaded, PolicySource, load
+from isolator.control.label_budget import first_come, give_way, within_budget
 from isolator.control.label_policy import asks_for_policy, label_policies, own_labels
 from isolator.control.problems import ConfigErrors, errors_in
-from isolator.core.compile import Compiled, PolicyEntry, compile_policies
+from isolator.core.compile import Compiled, PolicyEntry, PolicyTooLarge, compile_policies
 from isolator.core.identities import Address
 from isolator.core.inspector import Inspector
 from isolator.core.model import Direction, Endpoint, Outsider
@@ -139,15 +140,7 @@ class Enforcement:
 
     async def _put_in_force(self, known: Known) -> None:
         maps = self._kernel.datapath
-        labelled = await self._read_labels(known)
-        compiled = await self._work(
-            compile_policies,
-            [source.policy for source in (*known.sources, *labelled.values())],
-            known.endpoints,
-            known.addresses,
-            maps.next_generation(),
-            known.outsiders,
-        )
+        labelled, compiled = await self._compiled(known, await self._read_labels(known))
         self._inspector.prepare_policy(compiled.profiles, compiled.generation)
         try:
             await self._work(write, maps, compiled)
@@ -156,18 +149,45 @@ class Enforcement:
             raise
         self._inspector.policy_in_force(compiled.generation)
         self._recorder.rules = compiled.rules
+        for own, source in labelled.items():
+            if self._labelled.get(own) != source:
+                for problem in errors_in(source.problems):
+                    log.error("closed by its labels", error=str(problem))
         self._labelled = labelled
 
+    async def _compiled(
+        self, known: Known, labelled: dict[LabelSet, PolicySource]
+    ) -> tuple[dict[LabelSet, PolicySource], Compiled]:
+        """And the label policies as they are in it. Raises PolicyTooLarge where no label is to blame."""
+        while True:
+            try:
+                return labelled, await self._work(
+                    compile_policies,
+                    [source.policy for source in (*known.sources, *labelled.values())],
+                    known.endpoints,
+                    known.addresses,
+                    self._kernel.datapath.next_generation(),
+                    known.outsiders,
+                )
+            except PolicyTooLarge:
+                fewer = give_way(labelled, self._labelled)
+                if fewer is None:
+                    raise
+                labelled = fewer
+
     async def _read_labels(self, known: Known) -> dict[LabelSet, PolicySource]:
-        before = self._read
-        kept = self._gone | before
+        kept = self._gone | self._read
         self._read = await self._work(label_policies, list(known.endpoints.values()), kept)
         gone = [(own, source) for own, source in kept.items() if own not in self._read]
         self._gone = dict(gone[-KEPT_MAX:])
-        for own in self._read.keys() - before.keys():
-            for problem in errors_in(self._read[own].problems):
-                log.error("closed by its labels", error=str(problem))
-        return self._read
+        return await self._work(
+            within_budget,
+            first_come(self._read, self._labelled),
+            [source.policy for source in known.sources],
+            known.endpoints,
+            known.addresses,
+            known.outsiders,
+        )
 
     # -- what is in force -----------------------------------------------------------------------------------
 

@@ -323,6 +323,34 @@ def test_what_was_read_of_labels_that_went_for_a_while_is_not_read_again(
     assert len(told_errors(capsys.readouterr().out)) == 4
 
 
+def test_where_all_do_not_fit_the_newcomers_labels_close_it_and_the_others_stay(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def small_kernel(policies: Any, *others: Any) -> Any:
+        rules = [rule for policy in policies for rule in policy.ingress or ()]
+        if sum(bool(match.port) for rule in rules for match in rule.ports) > 3:
+            raise PolicyTooLarge("too much")
+        return compile_policies(policies, *others)
+
+    async def appear() -> None:
+        for number, port in (2, 8080), (3, 8081), (4, 8082):
+            name = f"api{number}"
+            setting.roster.put(number, Endpoint(name, {**labelled(port), "name": name}), ())
+            await setting.policy.catch_up()
+
+    async def reload() -> list[str]:
+        setting.put(81, "q")
+        return await setting.policy.reload()
+
+    monkeypatch.setattr(enforcement, "compile_policies", small_kernel)
+    _, (told,) = setting.play(appear, reload)
+    assert told.endswith("isolator.yaml: too much"), "no newcomer is to blame"
+    assert setting.datapath.ports == {80, 8080, 8081} and setting.policy.trouble is None
+    assert names(setting) == ["p", "label:api2", "label:api3", "label:api4"]
+    (line,) = told_errors(capsys.readouterr().out)
+    assert "container api4, label isolator.allow.ingress:1:1: no room in the kernel" in line
+
+
 def test_what_cannot_be_written_leaves_the_labels_policies_before(setting: Setting) -> None:
     async def appear() -> None:
         setting.roster.put(2, Endpoint("api", labelled(8080)), ())

@@ -45,6 +45,9 @@ POINTS_MAX = 64
 """Different ports, and different networks, that a container's labels name: the kernel's entries are multiples of
 them, and one container must not fill its maps."""
 
+COMBINATIONS_MAX = 256
+"""Ports times peers of each rule, of all of a container's rules."""
+
 PROBLEMS_MAX = 10
 """Problems of one container that are told."""
 
@@ -173,6 +176,10 @@ def whole_problems(policy: Policy, origin: str) -> Iterator[Problem]:
     for what, each in sizes.items():
         if len(each) > POINTS_MAX:
             yield Problem(origin, 1, 1, f"{len(each)} {what}, of {POINTS_MAX}: put this policy into a file")
+    made = sum(len(rule.ports) * max(1, len(rule.peers or ())) for rule in rules)
+    if made > COMBINATIONS_MAX:
+        text = f"{made} combinations of port and peer, of {COMBINATIONS_MAX}: put this policy into a file"
+        yield Problem(origin, 1, 1, text)
 
 
 # -- one label -----------------------------------------------------------------------------------------------

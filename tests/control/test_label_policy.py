@@ -164,6 +164,8 @@ def test_a_warning_closes_nothing() -> None:
     (ALLOW, "- &a {from: [{world: true}]}\n" + "- *a\n" * 600, ":1:22: too deep or too large"),
     (ALLOW, "- ports: [" + ", ".join(f"{{port: {port}}}" for port in range(1, 67)) + "]", ":1:1: 66 ports, of 64"),
     (ALLOW, "- from: [" + ", ".join(f"{{cidr: 10.{at}.0.0/16}}" for at in range(65)) + "]", ":1:1: 65 networks, of 64"),
+    (ALLOW, "- ports: [" + ", ".join(f"{{port: {port}}}" for port in range(1, 18)) + "]\n  from: ["
+     + ", ".join(f"{{cidr: 10.{at}.0.0/16}}" for at in range(16)) + "]", ":1:1: 272 combinations of port and peer, of"),
     (ALLOW, "[] #" + "x" * LABEL_MAX, ":1:1: larger than 8192 bytes: put this policy into a file"),
     (ALLOW, "- \ud800\n", ":1:3: this is not UTF-8"),
     (ALLOW, "- !!float abc\n", ":1:3: "),
