@@ -58,6 +58,7 @@ class Admission:
         self._gate = gate if closed else None
         self._runtime, self._work = runtime, work
         self._ends: dict[Place, int] = {}
+        self._addresses: list[Interface] = []
         self._foreign: set[int] = set()
         self._closed: set[int] = set()
         self._told: set[int] = set()
@@ -77,11 +78,12 @@ class Admission:
             await self._work(self._gate.remove)
 
     async def host_addresses(self) -> list[Interface]:
+        """Those that were known last, where they cannot be asked for: they must not become the world's."""
         try:
-            return await self._work(self._host.addresses) if self._host is not None else []
+            self._addresses = await self._work(self._host.addresses) if self._host is not None else []
         except OSError as error:
-            log.error("the host's addresses are not known", error=str(error))
-            return []
+            log.error("the host's addresses cannot be asked for", error=str(error))
+        return self._addresses
 
     async def admit(self, place: Place) -> None:
         """At once: its traffic waits for it."""
