@@ -333,6 +333,58 @@ def yes(value: bool) -> str:
 
 
 @app.command()
+def replay(
+    capture: Annotated[Path, typer.Argument(metavar="FILE.pcap", help="pcap or pcapng, of Ethernet.")],
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="The config; its policies and endpoints' labels hold.")
+    ] = Path("isolator.yaml"),
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=ADDRESS",
+            help="Whose address it was in the capture, by the config's names. Repeat it.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON record a line.")] = False,
+) -> None:
+    """Say what the policies make of a recorded capture: no agent, no root, the frames' own time."""
+    from isolator.control.problems import ConfigErrors
+    from isolator.core.compile import PolicyTooLarge
+    from isolator.replay import command
+    from isolator.replay.capture import CaptureError
+
+    try:
+        given = command.owners([split_address(each) for each in endpoint or []])
+        replaying = command.prepare(config, given, lambda record: show_flow(record.as_json(), as_json))
+    except ConfigErrors as error:
+        fail("the files are wrong", [str(problem) for problem in error.problems])
+    except (command.UnknownEndpointError, PolicyTooLarge) as error:
+        fail(str(error))
+    began = time.perf_counter()
+    try:
+        for frame in command.read_capture(capture):
+            replaying.feed(frame)
+    except CaptureError as error:
+        stopped: str | None = str(error)
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise typer.Exit(1) from None
+    else:
+        stopped = None
+    told = command.told(replaying.finish(), time.perf_counter() - began)
+    for line in [json.dumps(told)] if as_json else command.lines(told):
+        typer.echo(line, err=True)
+    if stopped:
+        fail(stopped)
+
+
+def split_address(text: str) -> tuple[str, str]:
+    name, separator, address = text.partition("=")
+    if not (name and separator and address):
+        raise typer.BadParameter(f"{text}: it is NAME=ADDRESS", param_hint="--endpoint")
+    return name, address
+
+
+@app.command()
 def reload(ctx: typer.Context, socket: Socket = None) -> None:
     """Read config and policies again; a bad file keeps the old policy in force."""
     typer.echo(f"policy generation {client(ctx, socket).reload()['generation']} is in force")

@@ -47,10 +47,14 @@ class Recorder:
             audit=bool(flags & PolicyFlag.AUDIT),
             trial=bool(flags & PolicyFlag.TRIAL),
         )
-        verdict = verdict_of(decision)
         now = time.time() - (time.monotonic_ns() - event.time) / 1e9
+        self.flow(event.key, event.direction, decision, now)
+
+    def flow(self, key: FlowKey, direction: Direction, decision: Decision, now: float) -> None:
+        """What layer 4 decided."""
+        verdict = verdict_of(decision)
         if self._log.count(verdict, now, decision.rule, decision.reason):
-            self._append(event.key, event.direction, now, verdict, decision, None, DecidedBy.KERNEL)
+            self._append(key, direction, now, verdict, decision, None, DecidedBy.KERNEL)
 
     def _append(
         self,

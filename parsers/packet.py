@@ -127,6 +127,12 @@ def tcp_checksum_ok(frame: Octets, segment: Segment) -> bool:
     return ones_sum(bytes(frame[segment.l4 : segment.payload_end]), start) == 0xFFFF
 
 
+def tcp_checksum_unfinished(frame: Octets, segment: Segment) -> bool:
+    """Whether the field holds the pseudo header's sum alone, as a sender leaves it to its device to complete."""
+    start = _pseudo_sum(frame, segment.version, segment.payload_end - segment.l4)
+    return ones_sum(b"", start) == int.from_bytes(frame[segment.l4 + 16 : segment.l4 + 18], "big")
+
+
 class SegmentTemplate:
     """Headers of a connection's one direction, from which further segments of it are built."""
 

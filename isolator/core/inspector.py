@@ -47,12 +47,13 @@ Fresh = tuple[bytes, bool]  # new bytes at the boundary, and whether the frame i
 
 
 class Inspector:
-    """Decides what becomes of punted frames of inspected flows."""
+    """Decides what becomes of punted frames of inspected flows. `report_all`: no allowed request goes unreported."""
 
-    def __init__(self, profiles: Mapping[int, Profile], generation: int) -> None:
+    def __init__(self, profiles: Mapping[int, Profile], generation: int, *, report_all: bool = False) -> None:
         self.flows = FlowTable()
         self.counts: Counter[RuleRef] = Counter()
         self._waking: set[Flow] = set()
+        self._report_all = report_all
         self._reports, self._reported = REPORTS_BURST, 0.0
         self._policies: dict[int, Mapping[int, Profile]] = {}  # by generation
         self._judge = Judge()
@@ -359,7 +360,7 @@ class Inspector:
     ) -> None:
         if decision.rule is not None and not decision.trial:
             self.counts[decision.rule] += 1
-        if not (decision.audit or decision.trial):
+        if not (decision.audit or decision.trial or self._report_all):
             self._reports += max(0.0, now - self._reported) * REPORTS_PER_SECOND
             self._reported = now
             if self._reports < 1.0:

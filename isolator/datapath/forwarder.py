@@ -18,15 +18,13 @@ from typing import Protocol
 import structlog
 
 from isolator.core.commands import Command, Commit, Delete, Drop, Forward, Own, Read, Report, Send
-from isolator.core.flow import Flow
+from isolator.core.flow import Flow, FlowState
 from isolator.core.inspector import Inspector
-from isolator.core.model import Direction, DropReason, PuntReason
+from isolator.core.model import Direction, DropReason, Owner, PuntReason
 from isolator.core.segments import refusals
-from isolator.datapath.abi import RECORD_MAX, Flow7, flow_key
-from isolator.datapath.doorbell import Control, Doorbell
-from isolator.datapath.flow7 import FlowCommands, Outcome
-from isolator.datapath.ring import Frame, Ring
-from isolator.datapath.sender import Sender
+from isolator.datapath.abi import RECORD_MAX, flow_key
+from isolator.datapath.flow7 import Answer, Outcome
+from isolator.datapath.ring import Frame
 from parsers.errors import DissectError
 from parsers.icmp import unreachable
 from parsers.packet import Segment, parse_segment, tcp_checksum_ok
@@ -44,13 +42,61 @@ log = structlog.get_logger()
 Reporter = Callable[[Report, float], None]
 
 
+class Commands(Protocol):
+    """What the forwarder asks of inspected flows (isolator.datapath.flow7.FlowCommands)."""
+
+    def commit(
+        self,
+        key: bytes,
+        direction: Direction,
+        incarnation: int,
+        expect_next: int,
+        following: int,
+        *,
+        mode: int = 0,
+        remaining: int = 0,
+        window: tuple[int, int] | None = None,
+        record: tuple[int, bytes] | None = None,
+        mark: bool = False,
+        fin: bool = False,
+    ) -> Answer: ...
+    def own(self, key: bytes, direction: Direction, incarnation: int, owner: Owner) -> Answer: ...
+    def open_gate(self, key: bytes, direction: Direction, incarnation: int) -> Answer: ...
+    def delete(self, key: bytes, incarnation: int) -> Answer: ...
+
+
+class Wakeup(Protocol):
+    need_wakeup: bool
+
+
 class Pinned(Protocol):
     """What the forwarder needs of the kernel's maps (isolator.datapath.bpf.Datapath)."""
 
-    commands: FlowCommands
-    control: Control
+    @property
+    def commands(self) -> Commands: ...
+    @property
+    def control(self) -> Wakeup: ...
+    def flow7(self, key: bytes) -> FlowState | None: ...
 
-    def flow7(self, key: bytes) -> Flow7 | None: ...
+
+class Frames(Protocol):
+    """What it needs of the ring (isolator.datapath.ring.Ring)."""
+
+    @property
+    def waiting(self) -> bool: ...
+    def poll(self, budget: int) -> list[Frame]: ...
+
+
+class Bell(Protocol):
+    """And of the doorbell (isolator.datapath.doorbell.Doorbell)."""
+
+    def clear(self) -> None: ...
+
+
+class Ports(Protocol):
+    """Where frames leave (isolator.datapath.sender.Sender)."""
+
+    def send(self, ifindex: int, vnet_frame: bytes | memoryview) -> object: ...
 
 
 class Forwarder:
@@ -59,9 +105,9 @@ class Forwarder:
     def __init__(
         self,
         pinned: Pinned,
-        ring: Ring,
-        doorbell: Doorbell,
-        sender: Sender,
+        ring: Frames,
+        doorbell: Bell,
+        sender: Ports,
         inspector: Inspector,
         ports: Mapping[int, tuple[int, int]],
         report: Reporter,
@@ -81,7 +127,7 @@ class Forwarder:
 
     def run(self) -> bool:
         """Handles what is there, then sleeps. True: its turn is over and more is waiting; call it again."""
-        control, poll, handle = self._pinned.control, self._ring.poll, self._handle
+        control, poll, handle = self._pinned.control, self._ring.poll, self.handle
         self._doorbell.clear()
         control.need_wakeup = False
         began = quiet_since = time.perf_counter()
@@ -91,7 +137,7 @@ class Forwarder:
                 try:
                     handle(frame)
                 except Exception as error:  # no packet may end the agent, or take others with it
-                    self._drop(frame, error)
+                    self.fail(frame, error)
             now = time.perf_counter()
             if self._gated:
                 self._open_gates(now, drained=not frames)
@@ -125,7 +171,7 @@ class Forwarder:
         now = time.time()
         self._do(self._inspector.release(endpoint, now), None, now)
 
-    def _drop(self, frame: Frame, error: Exception) -> None:
+    def fail(self, frame: Frame, error: Exception) -> None:
         """A frame that Python failed on, and what was believed of its flow."""
         self._failed(error)
         with contextlib.suppress(DissectError):
@@ -142,7 +188,8 @@ class Forwarder:
 
     # -- one frame ------------------------------------------------------------------------------------------
 
-    def _handle(self, frame: Frame) -> None:
+    def handle(self, frame: Frame) -> None:
+        """What `run` does with each; what it raises, `fail` is for."""
         packet, context = frame.packet, frame.context
         reason = context >> 16 & 0xFF
         if reason in (PuntReason.RESET, PuntReason.STATE_LOST):
