@@ -10,6 +10,7 @@ from typing import Any
 from isolator.control.config import load
 from isolator.control.flowlog import FlowRecord
 from isolator.control.label_policy import label_policies
+from isolator.control.netns_runtime import labels_of
 from isolator.core.compile import compile_policies
 from isolator.core.identities import Address, unmapped
 from isolator.core.model import Endpoint
@@ -44,7 +45,7 @@ def prepare(config: Path, given: dict[Address, str], sink: Callable[[FlowRecord]
     """Raises ConfigErrors, UnknownEndpointError, PolicyTooLarge."""
     loaded = load(config)
     endpoints = {
-        number: Endpoint(each.name, dict(each.labels))
+        number: Endpoint(each.name, labels_of(each))
         for number, each in enumerate(loaded.config.endpoints, start=1)
     }
     numbers = {endpoint.name: number for number, endpoint in endpoints.items()}
@@ -81,6 +82,7 @@ def told(tally: Tally, seconds: float) -> dict[str, Any]:
         "unrelated": tally.unrelated,
         "not_ip": tally.unread,
         "cut_short": tally.cut,
+        "answers_to_dropped": tally.answers,
         "incomplete": tally.waiting,
         "dropped": {reason.name: count for reason, count in sorted(tally.drops.items())},
     }
@@ -96,6 +98,7 @@ def lines(told: dict[str, Any]) -> Sequence[str]:
             told["cut_short"],
             "frames that the capture cut short, not judged: capture whole frames (tcpdump -s 0)",
         ),
+        (told["answers_to_dropped"], "frames that answer dropped ones, and would not have been"),
         (told["incomplete"], "connections that wait for bytes the capture does not have"),
     ]
     return [

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from isolator.control.flowlog import FlowLog, FlowRecord
 from isolator.core.commands import Report
@@ -29,17 +29,18 @@ from isolator.core.model import (
     Side,
     Verdict,
 )
-from isolator.datapath.abi import mapped, punt_context
+from isolator.datapath.abi import FlowKey, mapped, punt_context
 from isolator.datapath.forwarder import Forwarder
 from isolator.datapath.ring import Frame
 from isolator.records import Recorder
 from isolator.replay.capture import Captured
 from isolator.replay.flow7 import Flow7, Flows7, Kind
 from isolator.replay.headers import read_headers
-from isolator.replay.standin import Classified, StandIn
+from isolator.replay.standin import Classified, StandIn, key_of
 from parsers.packet import VNET, tcp_checksum_unfinished
 
 TICK_NS = 20_000_000  # as the daemon asks for flows that have waited
+AGE_NS = 10 * 10**9  # how often flows are forgotten that have ended
 CROSSINGS_MAX = 64  # that one captured frame may bring about
 _PLAIN = bytes(VNET)
 _UNFINISHED = bytes([1]) + bytes(VNET - 1)  # VIRTIO_NET_HDR_F_NEEDS_CSUM
@@ -61,15 +62,19 @@ class Sink(FlowLog):
 
 @dataclass(slots=True)
 class Tally:
-    """What a replay came to. `unrelated`: frames between addresses that no endpoint has. `unread`: neither IPv4 nor
-    IPv6. `cut`: not whole in the capture, so not decided. `drops`: frames that go nowhere, by reason. `first` and
-    `last`: ns."""
+    """What a replay came to.
+
+    `unrelated`: frames between addresses that no endpoint has. `unread`: neither IPv4 nor IPv6. `cut`: not whole in the
+    capture, so not decided. `answers`: to what was dropped on its way. `waiting`: connections with bytes that wait for
+    others. `drops`: frames that go nowhere, by reason. `first`, `last`: ns since 1970.
+    """
 
     frames: int = 0
     octets: int = 0
     unrelated: int = 0
     unread: int = 0
     cut: int = 0
+    answers: int = 0
     messages: int = 0
     flows: int = 0
     waiting: int = 0
@@ -128,7 +133,8 @@ class Replay:
         self._forwarder = Forwarder(
             self._pinned, self._pinned, self._pinned, self._pinned, self._inspector, ports, self._message
         )
-        self._ticked = 0
+        self._ticked = self._aged = 0
+        self._refused: set[FlowKey] = set()  # what no other endpoint got to see
         self._told: set[tuple[bytes, DropReason]] = set()
 
     def feed(self, captured: Captured) -> None:
@@ -139,6 +145,7 @@ class Replay:
         tally.first = now if tally.first is None else tally.first
         tally.last = max(tally.last, now)
         self._tick(now)
+        self._age(now)
         if len(captured.data) < captured.length:
             tally.cut += 1
             return
@@ -149,6 +156,9 @@ class Replay:
         source, destination = (self._owners.get(each) for each in (headers.source, headers.destination))
         if source == destination:  # of nobody, or of one that speaks with itself
             tally.unrelated += 1
+            return
+        if key_of(0, Direction.INGRESS, headers) in self._refused:
+            tally.answers += 1
             return
         frame = captured.data
         unfinished = headers.segment is not None and tcp_checksum_unfinished(frame, headers.segment)
@@ -173,6 +183,18 @@ class Replay:
             self._ticked += TICK_NS
             self._forwarder.tick(self._ticked * 1e-9)
             self._go_on(deque(), self._ticked)
+
+    def _age(self, now: int) -> None:
+        """As the daemon does: what has ended is forgotten, of the others what the server has acknowledged."""
+        if now - self._aged < AGE_NS:
+            return
+        self._aged = now
+        flows, inspector = self._kernel.pinned, self._inspector
+        for key, incarnation in self._kernel.age(now):
+            flows.delete(key, incarnation)
+            inspector.forget_flow(key, incarnation)
+        for key, flow in flows.flows.items():
+            inspector.acknowledged(key, flow.incarnation, flow.client.acked)
 
     # -- one crossing after the other ------------------------------------------------------------------------
 
@@ -242,6 +264,8 @@ class Replay:
     def _dropped(self, found: Classified, direction: Direction, reason: DropReason, now: int) -> None:
         """Each reason is told once of a flow; what comes behind a denial is no news."""
         self.tally.drops[reason] += 1
+        if found.decided is not None and found.decided.direction is direction is Direction.EGRESS:
+            self._refused.add(replace(found.key, endpoint=0))
         name = (found.key.pack(), reason)
         known = found.decided is not None or found.repeated or name in self._told
         if known or reason is DropReason.FLOW_CLOSED:

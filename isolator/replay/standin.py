@@ -21,7 +21,6 @@ from parsers.packet import ACK, SYN
 IDLE_NS = 180 * 10**9  # UDP, ICMP and others: after this a flow is a new one
 EPHEMERAL_MIN = 32768
 LINGER_NS = 10 * 10**9  # after which an ended connection is forgotten
-SWEEP_NS = 10 * 10**9  # how often that is looked for
 FORGET_NS = 3600 * 10**9  # a connection without packets
 
 
@@ -56,7 +55,6 @@ class StandIn:
         self.table = PolicyTable(compiled)
         self.flows4: dict[bytes, Flow4] = {}
         self.pinned = Flows7()
-        self._swept = 0
 
     def classify(
         self, number: int, direction: Direction, headers: Headers, frame: memoryview, now: int
@@ -68,7 +66,6 @@ class StandIn:
             return Classified(key, FORWARD)
         if headers.inner:
             return Classified(key, self._icmp_error(number, direction, headers, frame))
-        self._sweep(now)
         packed = key.pack()
         f4 = self.flows4.get(packed)
         if f4 is not None and is_settled(f4, headers, direction, now):
@@ -153,15 +150,14 @@ class StandIn:
             return by_own
         return by_peer
 
-    def _sweep(self, now: int) -> None:
-        """Forgets what nobody will miss: the agent does so for its flows, the kernel for layer 4's."""
-        if now - self._swept < SWEEP_NS:
-            return
-        self._swept = now
+    def age(self, now: int) -> list[tuple[bytes, int]]:
+        """Forgets layer 4's idle flows; the inspected ones that nobody will miss are returned: (key, incarnation)."""
         self.flows4 = {key: each for key, each in self.flows4.items() if now - each.last_seen < FORGET_NS}
-        for key, flow in list(self.pinned.flows.items()):
-            if now - flow.last_seen > (LINGER_NS if is_ended(flow) else FORGET_NS):
-                del self.pinned.flows[key]
+        return [
+            (key, flow.incarnation)
+            for key, flow in self.pinned.flows.items()
+            if now - flow.last_seen > (LINGER_NS if is_ended(flow) else FORGET_NS)
+        ]
 
 
 def key_of(number: int, direction: Direction, headers: Headers) -> FlowKey:
