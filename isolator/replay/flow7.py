@@ -194,7 +194,7 @@ class Flow7:
         if step is FORWARD and segment.flags & FIN:
             if seq_lt(end, client.next) and not client.passes(end, (end + 1) & _MASK):
                 return dropped(DropReason.TCP_STATE)  # it would cut a message that was read
-            if seq_le(client.next, end):
+            if seq_le(end, client.next):
                 client.flags |= HALF_FIN
         return step
 

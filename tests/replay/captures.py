@@ -29,10 +29,11 @@ def conversation(
     ports: tuple[int, int] = (40000, 80),
     opened: bool = True,
     at: int = START,
+    macs: bytes = bytes(12),
 ) -> list[Captured]:
     """`opened`: with its handshake. The client's numbers wrap around on the way."""
     there = SegmentTemplate(
-        4, bytes(12) + b"\x08\x00", client, server, b"".join(port.to_bytes(2, "big") for port in ports)
+        4, macs + b"\x08\x00", client, server, b"".join(port.to_bytes(2, "big") for port in ports)
     )
     ends = {"c": (there, "s"), "s": (there.reversed(), "c")}
     numbers = {"c": 0xFFFFFFC0, "s": 5000}
