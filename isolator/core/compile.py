@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from isolator.core.identities import IDENTITIES_MAX, Address, Identities, IdentityPrefix, build_identities
+from isolator.core.index import PeerIndex, SelectionIndex
 from isolator.core.model import Direction, DropReason, Endpoint, Outsider, PolicyFlag, RuleRef, Verdict
 from isolator.core.policy import Covering, Outcome, Policy, Profile, weigh
 
@@ -35,9 +36,11 @@ class PolicyTooLarge(Exception):  # noqa: N818 - named after what is the matter
     """The policies need more entries than the kernel's maps hold."""
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyEntry:
-    """One entry of the kernel's policy map; peer, protocol and port 0 mean any. `rule` 0: none."""
+class PolicyEntry(NamedTuple):
+    """One entry of the kernel's policy map; peer, protocol and port 0 mean any. `rule` 0: none.
+
+    A tuple, since there are hundreds of thousands, and a frozen dataclass takes six times as long to make.
+    """
 
     endpoint: int
     direction: Direction
@@ -72,6 +75,9 @@ class Point(NamedTuple):
 
 
 ANYTHING = Point(0, 0, 0)
+Answer = tuple[Verdict, PolicyFlag, DropReason, int, int]
+"""A PolicyEntry from `verdict` on."""
+
 Row = tuple[int, int, int, Verdict, PolicyFlag, DropReason, int, int]
 """A PolicyEntry from `peer` on: what endpoints that the same policies select share."""
 
@@ -110,7 +116,8 @@ class Compiler:
 
     def __init__(self, policies: Sequence[Policy], identities: Identities) -> None:
         self._policies = policies
-        self._identities = identities
+        self._selections = SelectionIndex(policies)
+        self._peers = PeerIndex(identities.numbers)
         self._rule_numbers: dict[RuleRef, int] = {}
         self._profiles: dict[Outcome, Profile] = {}
         self._tables: dict[tuple[Direction, tuple[int, ...]], list[Row]] = {}
@@ -126,32 +133,35 @@ class Compiler:
     def rules(self) -> dict[int, RuleRef]:
         return {number: ref for ref, number in self._rule_numbers.items()}
 
-    def entries(self, number: int, endpoint: Endpoint, direction: Direction) -> Iterator[PolicyEntry]:
-        selecting = tuple(
-            at for at, policy in enumerate(self._policies) if policy.selects(endpoint.labels, direction)
-        )
+    def entries(self, number: int, endpoint: Endpoint, direction: Direction) -> list[PolicyEntry]:
+        selecting = self._selections.selecting(endpoint.labels, direction)
         if (direction, selecting) not in self._tables:
             self._tables[direction, selecting] = list(self._table(direction, selecting))
-        for row in self._tables[direction, selecting]:
-            yield PolicyEntry(number, direction, *row)
+        ends = (number, direction)
+        return [PolicyEntry._make(ends + row) for row in self._tables[direction, selecting]]
 
     def _table(self, direction: Direction, selecting: Iterable[int]) -> Iterator[Row]:
         policies = [self._policies[at] for at in selecting]
         every = [Covering(policy, rule) for policy in policies for rule in policy.rules(direction) or ()]
-        yield self._row(ANYTHING, weigh(policies, ()))
-        known: dict[tuple[int, ...], list[tuple[tuple[int, int], Outcome]]] = {}
-        for identity, peer in self._identities.numbers.items():
-            matching = tuple(at for at, each in enumerate(every) if each.rule.matches_peer(identity))
-            if matching not in known:
-                known[matching] = settle(policies, [every[at] for at in matching])
-            for (protocol, port), outcome in known[matching]:
-                yield self._row(Point(peer, protocol, port), outcome)
+        yield *ANYTHING, *self._answer(weigh(policies, ()))
+        matching: dict[int, list[int]] = {}
+        for at, each in enumerate(every):
+            for peer in self._peers.matching(each.rule):
+                matching.setdefault(peer, []).append(at)
+        known: dict[tuple[int, ...], list[tuple[tuple[int, int], Answer]]] = {}
+        for peer in sorted(matching):  # whom no rule matches, the default answers for
+            alike = tuple(matching[peer])
+            if alike not in known:
+                settled = settle(policies, [every[at] for at in alike])
+                known[alike] = [(pair, self._answer(outcome)) for pair, outcome in settled]
+            for pair, answer in known[alike]:
+                yield peer, *pair, *answer
 
-    def _row(self, point: Point, outcome: Outcome) -> Row:
+    def _answer(self, outcome: Outcome) -> Answer:
         decision = outcome.flow
         rule = self._rule_numbers[decision.rule] if decision.rule else 0
         profile = self._profile(outcome).number if outcome.inspects else 0
-        return *point, decision.verdict, outcome.flags, decision.reason, profile, rule
+        return decision.verdict, outcome.flags, decision.reason, profile, rule
 
     def _profile(self, outcome: Outcome) -> Profile:
         if outcome not in self._profiles:

@@ -5,8 +5,6 @@ remote address → longest prefix → identity → (peer, protocol, port), widen
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from isolator.core.compile import Compiled, PolicyEntry
 from isolator.core.model import Direction, DropReason, PolicyFlag, RuleRef, Verdict
 from isolator.datapath.abi import FlowKey
@@ -62,7 +60,7 @@ class PolicyTable:
                 Verdict.DROP, PolicyFlag(0), DropReason.NO_POLICY, 0, 0,
             )  # fmt: skip
         if found.verdict is Verdict.INSPECT and protocol != TCP:
-            return replace(found, verdict=Verdict.DROP, reason=DropReason.POLICY_DEFAULT)
+            return found._replace(verdict=Verdict.DROP, reason=DropReason.POLICY_DEFAULT)
         return found
 
     def _at(
