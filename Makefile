@@ -3,7 +3,7 @@
 #   make test    lint and all tests
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages toolchain machine absent bpf demo test lint starts operations containers bench bench-life lock clean
+.PHONY: help setup packages toolchain machine absent bpf demo test lint starts operations containers bench bench-life bench-micro lock clean
 
 ARCH := $(shell uname -m | sed 's/x86_64/x86/; s/aarch64/arm64/')
 OBJECTS := isolator/datapath/objects
@@ -68,6 +68,10 @@ bench: machine setup bpf
 
 bench-life: machine setup bpf
 	.venv/bin/python -m benchmarks life
+
+# What single steps cost; of those named with ONLY, into JSON=FILE.
+bench-micro: machine setup bpf
+	.venv/bin/python -m benchmarks.micro --only "$(ONLY)" $(if $(JSON),-o $(JSON))
 
 # The versions of everything that is installed; renew it with `make lock` after a change in pyproject.toml.
 lock: setup
