@@ -35,7 +35,7 @@ from isolator.datapath.ring import Frame
 from isolator.records import Recorder
 from isolator.replay.capture import Captured
 from isolator.replay.flow7 import Flow7, Flows7, Kind
-from isolator.replay.headers import read_headers
+from isolator.replay.headers import Headers, read_headers
 from isolator.replay.standin import Classified, StandIn, key_of
 from parsers.packet import VNET, tcp_checksum_unfinished
 
@@ -83,12 +83,18 @@ class Tally:
     last: int = 0
 
 
+Sent = tuple[int, bytes, Headers | None]
+"""(endpoint << 1 | direction, frame with its vnet header, its headers where they were read)."""
+
+Crossing = tuple[int, Direction, bytes, Headers]
+
+
 @dataclass(slots=True)
 class _Pinned:
     """What the Forwarder takes for the kernel's maps, the ring and the ports."""
 
     commands: Flows7
-    sent: list[tuple[int, bytes]] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
     need_wakeup: bool = False
     waiting: bool = False
 
@@ -106,7 +112,7 @@ class _Pinned:
         pass
 
     def send(self, ifindex: int, vnet_frame: bytes | memoryview) -> None:
-        self.sent.append((ifindex, bytes(vnet_frame)))
+        self.sent.append((ifindex, bytes(vnet_frame), None))
 
 
 class Replay:
@@ -160,11 +166,10 @@ class Replay:
         if key_of(0, Direction.INGRESS, headers) in self._refused:
             tally.answers += 1
             return
-        frame = captured.data
-        unfinished = headers.segment is not None and tcp_checksum_unfinished(frame, headers.segment)
-        at = (source, Direction.EGRESS) if source is not None else (destination, Direction.INGRESS)
-        assert at[0] is not None
-        self._crossings(at[0], at[1], (_UNFINISHED if unfinished else _PLAIN) + frame, now)
+        direction = Direction.EGRESS if source is not None else Direction.INGRESS
+        number = source if source is not None else destination
+        assert number is not None
+        self._go_on(deque([(number, direction, _PLAIN + captured.data, headers)]), now)
 
     def finish(self) -> Tally:
         """Once the capture has ended."""
@@ -198,10 +203,7 @@ class Replay:
 
     # -- one crossing after the other ------------------------------------------------------------------------
 
-    def _crossings(self, number: int, direction: Direction, vnet_frame: bytes, now: int) -> None:
-        self._go_on(deque([(number, direction, vnet_frame)]), now)
-
-    def _go_on(self, waiting: deque[tuple[int, Direction, bytes]], now: int) -> None:
+    def _go_on(self, waiting: deque[Crossing], now: int) -> None:
         for _ in range(CROSSINGS_MAX):
             self._collect(waiting)
             if not waiting:
@@ -209,31 +211,34 @@ class Replay:
             self._cross(*waiting.popleft(), now)
         self._pinned.sent.clear()
 
-    def _collect(self, waiting: deque[tuple[int, Direction, bytes]]) -> None:
+    def _collect(self, waiting: deque[Crossing]) -> None:
         """What left an endpoint for the network arrives at the next, if there is one."""
-        for port, vnet_frame in self._pinned.sent:
+        for port, vnet_frame, known in self._pinned.sent:
             if port & 1 == Direction.EGRESS:
-                headers = read_headers(memoryview(vnet_frame)[VNET:])
+                headers = known or read_headers(memoryview(vnet_frame)[VNET:])
                 following = self._owners.get(headers.destination) if headers is not None else None
-                if following is not None and following != port >> 1:
-                    waiting.append((following, Direction.INGRESS, vnet_frame))
+                if headers is not None and following is not None and following != port >> 1:
+                    waiting.append((following, Direction.INGRESS, vnet_frame, headers))
         self._pinned.sent.clear()
 
-    def _cross(self, number: int, direction: Direction, vnet_frame: bytes, now: int) -> None:
+    def _cross(
+        self, number: int, direction: Direction, vnet_frame: bytes, headers: Headers, now: int
+    ) -> None:
         frame = memoryview(vnet_frame)[VNET:]
-        headers = read_headers(frame)
-        assert headers is not None  # it was, or it was built here
         found = self._kernel.classify(number, direction, headers, frame, now)
         kind, reason = found.step
         if found.decided is not None:
             self._flow(found, found.decided, now)
         if kind is Kind.FORWARD:
-            self._pinned.send(number << 1 | direction, vnet_frame)
+            self._pinned.sent.append((number << 1 | direction, vnet_frame, headers))
         elif kind is Kind.PUNT:
-            assert found.flow is not None and isinstance(reason, PuntReason)
+            assert found.flow is not None and headers.segment is not None and isinstance(reason, PuntReason)
             side = Side.CONTAINER if direction is Direction.EGRESS else Side.NETWORK
             context = punt_context(number, side, reason, found.flow.incarnation)
-            self._punt(Frame(memoryview(vnet_frame), frame, context, now))
+            if not vnet_frame[0] and tcp_checksum_unfinished(frame, headers.segment):
+                vnet_frame = _UNFINISHED + vnet_frame[VNET:]
+            whole = memoryview(vnet_frame)
+            self._punt(Frame(whole, whole[VNET:], context, now))
         elif kind is Kind.DROP:
             assert isinstance(reason, DropReason)
             self._dropped(found, direction, reason, now)

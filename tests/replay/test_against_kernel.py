@@ -16,7 +16,7 @@ from isolator.core.compile import compile_policies
 from isolator.core.model import Direction, Endpoint
 from isolator.core.policy import Policy, PortMatch, Rule, labels_of
 from isolator.replay.capture import Captured
-from isolator.replay.engine import Replay
+from isolator.replay.engine import Replay, Sent
 from parsers.packet import ACK, FIN, PSH, RST, SYN, VNET, parse_segment
 from tests.bpf.bench import CONTAINER, CONTAINER_MAC, GATEWAY_MAC, PEER
 from tests.datapath import slow_path
@@ -76,14 +76,14 @@ def payloads(frames: list[bytes]) -> list[tuple[int, bytes]]:
     return [(s.seq, bytes(frame[s.payload_at : s.payload_end])) for frame, s in segments if s.payload_length]
 
 
-class Kept(list[tuple[int, bytes]]):
+class Kept(list[Sent]):
     """What was sent, also what has been taken since."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.all: list[tuple[int, bytes]] = []
+        self.all: list[Sent] = []
 
-    def append(self, item: tuple[int, bytes]) -> None:
+    def append(self, item: Sent) -> None:
         super().append(item)
         self.all.append(item)
 
@@ -111,7 +111,7 @@ def replayed(frames: list[Captured]) -> Outcome:
     replay._pinned.sent = sent = Kept()
     for frame in frames:
         replay.feed(frame)
-    served = [data[VNET:] for port, data in sent.all if port & 1 == Direction.INGRESS]
+    served = [data[VNET:] for port, data, _ in sent.all if port & 1 == Direction.INGRESS]
     return payloads(served), reports
 
 
