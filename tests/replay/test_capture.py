@@ -39,6 +39,13 @@ def test_each_interface_has_its_own_clock(tmp_path: Path) -> None:
     assert [each.time for each in read_capture(written(tmp_path / "x", data))] == [2_048_000, 102 * 10**9]
 
 
+def test_each_section_has_its_own_interfaces(tmp_path: Path) -> None:
+    slow = struct.pack("<HHB3xHH", 9, 1, 3, 0, 0)  # if_tsresol: ms
+    one = [FRAMES[0]._replace(time=2_000_000)]
+    data = pcapng(one, interfaces=[(1, slow)]) + pcapng(one, ">")
+    assert [each.time for each in read_capture(written(tmp_path / "x", data))] == [2 * 10**9, 2_000_000]
+
+
 def test_a_frame_that_was_cut_says_how_long_it_was(tmp_path: Path) -> None:
     cut = Captured(START, FRAMES[0].data[:20], 54)
     for kind in (pcap, pcapng):

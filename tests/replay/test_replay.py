@@ -80,6 +80,7 @@ def test_each_request_is_decided_until_one_is_denied() -> None:
         allowed("/api/a"),
         "DROPPED   ingress web:40000 -> api:80 tcp GET /admin · HTTP_NO_RULE · in/read",
     ]
+    assert seen.replay.finish().drops[DropReason.FLOW_CLOSED] == 2  # what the server said behind it
 
 
 def test_monitor_mode_decides_every_request() -> None:
@@ -159,6 +160,13 @@ def test_the_same_ports_again_are_another_connection() -> None:
     assert seen.feed(*again) == [allowed("/api/b")]
 
 
+def test_a_handshake_that_comes_again_begins_nothing() -> None:
+    """While the server may not have seen the request (bpf/isolator_flow7.h, is_repeated)."""
+    seen = Seen(policy())
+    frames = conversation([("c", get("/api/a"))])
+    assert seen.feed(*frames, *frames[:2], frames[3]) == [OPENED, allowed("/api/a")]
+
+
 def test_a_connection_open_before_the_capture_is_lost_where_requests_are_read() -> None:
     seen = Seen(policy())
     assert seen.feed(*conversation(asked("/api/a", "/api/b"), opened=False)) == [
@@ -221,6 +229,14 @@ def test_an_icmp_error_passes_where_its_flow_does() -> None:
     assert seen.replay.finish().drops == {DropReason.ICMP_UNRELATED: 1}
 
 
+def test_an_icmp_error_speaks_to_its_end_alone() -> None:
+    seen = Seen()
+    query = IP(src="10.9.0.2", dst="192.0.2.1") / UDP(sport=4000, dport=53) / b"q"
+    seen.feed(captured(Ether() / query))
+    error = captured(Ether() / IP(src="192.0.2.9", dst="10.9.0.3") / ICMP(type=3, code=3) / query)
+    assert seen.feed(error) == ["DROPPED   ingress 192.0.2.9 -> api icmp · ICMP_UNRELATED"]
+
+
 def test_what_is_not_judged_is_counted() -> None:
     seen = Seen(policy())
     nobody = conversation([], client=STRANGER, server=b"\xc0\x00\x02\x02")
@@ -261,6 +277,15 @@ def test_connections_that_ended_are_forgotten() -> None:
     seen.feed(*conversation([], ports=(40001, 80), at=START + 60 * 10**9))
     assert flow not in seen.replay._kernel.pinned.flows.values()
     assert len(seen.replay._inspector.flows) == 0
+
+
+def test_what_the_server_has_acknowledged_is_not_kept() -> None:
+    seen = Seen(policy())
+    seen.feed(*conversation(asked("/api/a")))
+    (flow,) = seen.replay._inspector.flows
+    assert len(flow.record)
+    seen.feed(*conversation([], ports=(40001, 80), at=START + 60 * 10**9))
+    assert not len(flow.record)
 
 
 # -- the command -------------------------------------------------------------------------------------------
