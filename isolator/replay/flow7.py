@@ -152,7 +152,7 @@ class Flow7:
         self.server.begin((segment.seq + 1) & _MASK, Owner.KERNEL)
         self.start = segment.ack
         self.incarnation += 1
-        self.live = True
+        self.pending, self.live = None, True
 
     def _from_server(self, segment: Segment, frame: memoryview) -> Step:
         server = self.server

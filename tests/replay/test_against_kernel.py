@@ -55,7 +55,7 @@ def talk(dice: random.Random) -> list[Said]:
 def mixed(frames: list[Captured], dice: random.Random) -> list[Captured]:
     """Some come again, or other than before, and some late."""
     late = list(frames)
-    for at in range(3, len(late)):
+    for at in range(len(late)):
         if dice.random() < 0.15:
             again = late[at]
             if dice.random() < 0.3 and len(again.data) > 54:
