@@ -354,7 +354,7 @@ def test_a_broken_file_is_told_behind_its_records(folder: Path) -> None:
         (("--endpoint", "db=10.9.0.9"), 1, "is named db: there are api, web"),
         (("--endpoint", "api=ten"), 1, "--endpoint api=ten: that is no address"),
         (
-            ("--endpoint", "api=10.9.0.3", "--endpoint", "web=10.9.0.3"),
+            ("--endpoint", "api=10.9.0.3", "--endpoint", "web=::ffff:10.9.0.3"),
             1,
             "10.9.0.3 is given to api and to web",
         ),
