@@ -3,7 +3,7 @@
 #   make test    lint and all tests
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages toolchain machine absent bpf demo test lint starts operations containers bench bench-life bench-micro lock clean
+.PHONY: help setup packages toolchain peers machine absent bpf demo test lint starts operations containers bench bench-life bench-micro lock clean
 
 ARCH := $(shell uname -m | sed 's/x86_64/x86/; s/aarch64/arm64/')
 OBJECTS := isolator/datapath/objects
@@ -23,6 +23,9 @@ packages:
 
 toolchain:
 	@.ci/setup toolchain
+
+peers: packages
+	@.ci/setup peers
 
 machine:
 	@.ci/setup machine
@@ -63,8 +66,8 @@ operations: machine setup bpf
 containers: machine setup bpf
 	ISOLATOR_CONTAINERS=100 .venv/bin/python -m pytest -q -s tests/e2e/test_docker_life.py -k many
 
-bench: machine setup bpf
-	.venv/bin/python -m benchmarks quick
+bench: machine setup bpf peers
+	.venv/bin/python -m benchmarks run --quick --report build/bench
 
 bench-life: machine setup bpf
 	.venv/bin/python -m benchmarks life
@@ -75,7 +78,7 @@ bench-micro: machine setup bpf
 
 # The versions of everything that is installed; renew it with `make lock` after a change in pyproject.toml.
 lock: setup
-	build/bootstrap/bin/uv pip compile pyproject.toml --extra dev --python-version 3.11 \
+	build/bootstrap/bin/uv pip compile pyproject.toml --extra dev --extra bench --python-version 3.11 \
 		--generate-hashes --no-header -q -o requirements.lock
 
 clean:

@@ -1,0 +1,19 @@
+"""The suites, one subject a file."""
+
+from __future__ import annotations
+
+from benchmarks.suites.base import FULL, QUICK, Mode, Point, Run, Suite, lower_is_better
+from benchmarks.suites.bulk import Bulk
+from benchmarks.suites.connect import Connect
+from benchmarks.suites.cost import Cost
+from benchmarks.suites.http import Http
+from benchmarks.suites.latency import Latency
+from benchmarks.suites.mixed import Mixed
+from benchmarks.suites.rules import Rules
+from benchmarks.suites.transfer import Download, Upload
+
+__all__ = ["FULL", "QUICK", "Mode", "Point", "Run", "Suite", "all_suites", "lower_is_better"]
+
+
+def all_suites() -> list[Suite]:
+    return [Bulk(), Http(), Latency(), Connect(), Upload(), Download(), Rules(), Mixed(), Cost()]

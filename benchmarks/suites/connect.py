@@ -1,0 +1,23 @@
+"""A new connection for every request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.load import wrk
+from benchmarks.place import PAGE
+from benchmarks.suites.base import ForAll, Mode, Point, Run
+
+CONNECTIONS = 16
+
+
+def connects(run: Run) -> float:
+    return wrk(run.place, run.route, PAGE, CONNECTIONS, run.mode.seconds, ("Connection: close",)).rate
+
+
+class Connect(ForAll):
+    name = "connect"
+    about = f"New connections a second, one request on each, {CONNECTIONS} at a time."
+
+    def points(self, mode: Mode) -> Sequence[Point]:
+        return [Point({"new connections": "1/s"}, lambda run: {"new connections": connects(run)})]

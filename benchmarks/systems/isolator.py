@@ -1,0 +1,93 @@
+"""Isolator: both containers are endpoints of one agent."""
+
+from __future__ import annotations
+
+import signal
+
+from benchmarks.place import BULK, HTTP, UPLOAD, Place, Route, wait_answer
+from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, rule_path
+from benchmarks.systems.base import Kind
+from isolator import __version__
+from isolator.lab import API, wait_for
+
+POLICY = """\
+kind: Policy
+metadata: {{name: race}}
+spec:
+  select: {{app: bookstore, role: api}}
+  mode: {mode}
+  failure: closed
+  ingress:
+    - name: read
+      from: [{{select: {{app: bookstore}}}}]
+      ports: [{{port: {http}, protocol: tcp}}]
+      http:
+        - {{methods: [{methods}], path: {prefix}**}}
+{rules}    - name: upload
+      from: [{{select: {{app: bookstore}}}}]
+      ports: [{{port: {upload}, protocol: tcp}}]
+      http:
+        - {{methods: [POST], path: {upload_path}}}
+    - name: bulk
+      from: [{{select: {{app: bookstore}}}}]
+      ports: [{{port: {bulk}, protocol: tcp}}]
+"""
+
+
+class Isolator:
+    name, kind, layer7 = "isolator", Kind.INLINE, True
+    set_up = (
+        "One agent, both containers spliced (the policy selects the server). Layer 4 is decided in the kernel, HTTP "
+        "heads in Python, bodies pass in the kernel. Offloads untouched, XDP off, flow log as in the default "
+        "configuration."
+    )
+
+    def __init__(self) -> None:
+        self._pid = 0
+
+    def missing(self) -> str:
+        return ""
+
+    def version(self) -> str:
+        return __version__
+
+    def config(self, rules: int = 0, policy: bool = True) -> str:
+        methods = ", ".join(METHODS)
+        return POLICY.format(
+            mode="protect" if policy else "monitor",
+            http=HTTP,
+            upload=UPLOAD,
+            bulk=BULK,
+            methods=methods,
+            prefix=PREFIX_ALLOWED,
+            upload_path=UPLOAD_PATH,
+            rules="".join(
+                f"        - {{methods: [{methods}], path: {rule_path(number)}**}}\n" for number in range(rules)
+            ),
+        )
+
+    def start(self, place: Place, policy: bool = True) -> Route:
+        (place.lab.root / "policies" / "api.yaml").write_text(self.config(policy=policy))
+        place.lab.start_agent()
+        assert place.lab.agent is not None
+        self._pid = place.lab.agent.pid
+        route = Route("web", API, "api")
+        wait_answer(place, route)
+        return route
+
+    def apply(self, place: Place, rules: int) -> None:
+        draft = place.lab.root / "draft"
+        draft.write_text(self.config(rules))
+        draft.replace(place.lab.root / "policies" / "api.yaml")
+        path, expected = (rule_path(rules - 1), "404") if rules else (rule_path(0), "403")
+        wait_for(
+            lambda: place.lab.curl("web", f"http://{API}{path}") == expected,
+            f"the policy with {rules} more rules is not taken up",
+            120,
+        )
+
+    def stop(self, place: Place) -> None:
+        place.lab.stop_agent(signal.SIGTERM)
+
+    def processes(self) -> list[int]:
+        return [self._pid]
