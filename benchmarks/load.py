@@ -87,7 +87,9 @@ def clean(told: Wrk) -> Wrk:
 def all_refused(told: Wrk) -> Wrk:
     """The same, if no request was let through."""
     if told.status != told.requests:
-        raise LoadError(f"{told.requests - told.status} of {told.requests} forbidden requests were let through")
+        raise LoadError(
+            f"{told.requests - told.status} of {told.requests} forbidden requests were let through"
+        )
     return told
 
 
@@ -122,7 +124,9 @@ def mixed(
     commands = [wrk_command(place, route.url(path), connections, seconds) for path in (allowed, denied)]
     netns = f"--net=/run/netns/{PREFIX}-{route.client}"
     running = [
-        subprocess.Popen(["nsenter", netns, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            ["nsenter", netns, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for command in commands
     ]
     try:
@@ -152,7 +156,19 @@ def parse_iperf(printed: str) -> float:
 
 
 def iperf(place: Place, route: Route, flows: int, seconds: int, reverse: bool = False) -> float:
-    command = (*ON_FIRST, "iperf3", "-J", "-c", route.host, "-p", str(BULK), "-t", str(seconds), "-P", str(flows))
+    command = (
+        *ON_FIRST,
+        "iperf3",
+        "-J",
+        "-c",
+        route.host,
+        "-p",
+        str(BULK),
+        "-t",
+        str(seconds),
+        "-P",
+        str(flows),
+    )
     return parse_iperf(inside(place, route.client, *command, *(("-R",) if reverse else ())))
 
 

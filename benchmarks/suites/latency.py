@@ -59,7 +59,9 @@ def open_loop(run: Run) -> dict[str, float]:
 
 class Latency(ForAll):
     name = "latency"
-    about = f"Time of a request. Open: {OPEN_RATE} a second are due, whether or not the last one was answered."
+    about = (
+        f"Time of a request. Open: {OPEN_RATE} a second are due, whether or not the last one was answered."
+    )
 
     def points(self, mode: Mode) -> Sequence[Point]:
         both = [

@@ -48,9 +48,7 @@ def http(name: str, routes: list[Json]) -> Json:
             "@type": f"{TYPE}.network.http_connection_manager.v3.HttpConnectionManager",
             "stat_prefix": name,
             "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"], "routes": routes}]},
-            "http_filters": [
-                {"name": "router", "typed_config": {"@type": f"{TYPE}.http.router.v3.Router"}}
-            ],
+            "http_filters": [{"name": "router", "typed_config": {"@type": f"{TYPE}.http.router.v3.Router"}}],
         },
     }
 

@@ -62,7 +62,8 @@ class Isolator:
             prefix=PREFIX_ALLOWED,
             upload_path=UPLOAD_PATH,
             rules="".join(
-                f"        - {{methods: [{methods}], path: {rule_path(number)}**}}\n" for number in range(rules)
+                f"        - {{methods: [{methods}], path: {rule_path(number)}**}}\n"
+                for number in range(rules)
             ),
         )
 

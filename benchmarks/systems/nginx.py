@@ -45,7 +45,9 @@ class Nginx(Proxy):
     )
 
     def missing(self) -> str:
-        return absent(*self.commands) or ("" if Path(STREAM).exists() else "not installed: nginx's stream module")
+        return absent(*self.commands) or (
+            "" if Path(STREAM).exists() else "not installed: nginx's stream module"
+        )
 
     def config(self, rules: int = 0, policy: bool = True) -> str:
         methods = " ".join(METHODS)

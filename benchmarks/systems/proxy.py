@@ -53,7 +53,9 @@ class Proxy:
         assert self._route is not None
         if rules:
             url = self._route.url(rule_path(rules - 1))
-            wait_for(lambda: place.lab.curl("client", url) == "404", f"{self.name}: {rules} rules are not there")
+            wait_for(
+                lambda: place.lab.curl("client", url) == "404", f"{self.name}: {rules} rules are not there"
+            )
 
     def _run(self, place: Place, rules: int, policy: bool) -> None:
         folder = place.lab.root / self.name

@@ -71,7 +71,7 @@ class Suricata:
         if not policy:
             return []
         said = [
-            f"drop tcp any any -> any ![{HTTP},{UPLOAD},{BULK}] (flags:S; msg:\"port\";",
+            f'drop tcp any any -> any ![{HTTP},{UPLOAD},{BULK}] (flags:S; msg:"port";',
             f'drop http any any -> any {HTTP} (http.uri; content:!"{PREFIX_ALLOWED}"; depth:{len(PREFIX_ALLOWED)};',
             f"drop http any any -> any {HTTP} (http.method; "
             + " ".join(f'content:!"{method}";' for method in METHODS),
@@ -118,7 +118,9 @@ class Suricata:
         assert self._route is not None and self._process is not None
         if self._process.poll() is not None:
             raise RuntimeError(f"suricata ended: see {folder}")
-        return place.lab.curl(self._route.client, self._route.url(PREFIX_ALLOWED + "books"), *QUICKLY) == "200"
+        return (
+            place.lab.curl(self._route.client, self._route.url(PREFIX_ALLOWED + "books"), *QUICKLY) == "200"
+        )
 
     def stop(self, place: Place) -> None:
         if self._process is not None:
