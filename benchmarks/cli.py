@@ -28,7 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-LIMIT = 1 << 18  # open files of a process, for many connections
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Systems = Annotated[str, typer.Option("--systems", help="Some systems only, as a,b; direct is always there.")]
 Named = TypeVar("Named", System, Suite)
@@ -114,7 +113,7 @@ def go(
     """The race; the place is taken down however it ends. True if it was interrupted."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (LIMIT, max(LIMIT, hard)))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with place() as made:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.place import BIG, BULK, HTTP, ON_FIRST, UPLOAD, Place, Route
+from benchmarks.place import ASKING, BIG, BULK, HTTP, ON_FIRST, UPLOAD, Place, Route
 from isolator.lab import PREFIX
 
 BROWSER = (
@@ -100,7 +100,7 @@ def wrk_command(
     if not script.exists():
         script.write_text(DONE)
     said = [argument for header in headers for argument in ("-H", header)]
-    return (*ON_FIRST, "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), *said, url)
+    return (*ASKING, "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), *said, url)
 
 
 def wrk(

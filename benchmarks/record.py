@@ -21,6 +21,10 @@ NOISY = 0.10
 """A spread above this makes a row noisy: another run need not agree with it within 10 %."""
 
 
+NOT_UP = "did not come up"
+"""Begins the reason of a system that is installed and is missing all the same: that fails a run."""
+
+
 class RecordError(Exception):
     """A file is not a record, or not one that this run can go on with."""
 
@@ -91,7 +95,8 @@ class Record:
         checks = [
             f"{c.system}, {c.suite}: {c.asked}: {c.seen}, not {c.expected}" for c in self.checks if not c.ok
         ]
-        return checks + [f"{r.system}, {r.suite}, {r.metric}: {r.error}" for r in self.rows if r.error]
+        down = [f"{s.name}: {s.missing}" for s in self.systems if s.missing.startswith(NOT_UP)]
+        return down + checks + [f"{r.system}, {r.suite}, {r.metric}: {r.error}" for r in self.rows if r.error]
 
     def noise(self) -> float | None:
         """The median spread of direct's own rows: what this machine's figures are worth."""

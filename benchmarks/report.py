@@ -25,12 +25,13 @@ LIMITS = (
     "Layer-4 systems see no paths: they do less, and are there to show what layer 7 costs.",
 )
 METHOD = (
-    "All systems are up all the time, between clients and servers of one kind; rounds are interleaved (direct, isolator, "
-    "haproxy, …, direct, …), in an order that moves on by one from round to round.",
+    "All systems are up all the time, between clients and servers of one kind; rounds are interleaved (direct, "
+    "isolator, haproxy, …, direct, …), in an order that moves on by one from round to round.",
     "A value is the median of the rounds; a ratio is the median of the rounds' own ratios to direct; a spread is the "
     f"interquartile range of those ratios by their median. Above {NOISY:.0%} a row is marked noisy (~).",
-    "Load generators run on the first CPU, servers on the last, each with one thread; systems have one worker and run "
-    "where the scheduler puts them. Keep-alive on both sides of a proxy. Nobody writes an access log.",
+    "Where bytes are counted, clients run on the first CPU and servers on the last. Where requests are counted, too, "
+    "if there are three CPUs or more; with two nobody is pinned, since the system needs one as well. Systems have one "
+    "worker and run where the scheduler puts them. Keep-alive on both sides of a proxy. Nobody writes an access log.",
     "Before and after each suite every system is asked for what the policy forbids, and must refuse, and for what it "
     "allows. A system that fails loses its rows in the suite (!), and the run ends with exit code 1.",
     "Answers other than 2xx and socket errors make an error, not a figure.",
@@ -199,9 +200,11 @@ def piece_as_markdown(piece: Piece) -> str:
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76em; margin: 2em auto; padding: 0 1em; color: #1b1f24 }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
+table { display: block; overflow-x: auto }
 th, td { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: left } th { background: #f4f5f7 }
-pre { background: #f4f5f7; padding: 1em; overflow-x: auto; font-size: 12px; max-height: 30em } svg { max-width: 100%; height: auto }
+pre { background: #f4f5f7; padding: 1em; overflow-x: auto; font-size: 12px; max-height: 30em }
+svg { max-width: 100%; height: auto }
 """
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from benchmarks.enforcement import Ask, check
 from benchmarks.load import LoadError
 from benchmarks.place import Place, Route, pin_servers
-from benchmarks.record import Figures, Record, Row, describe, invalidate, rows
+from benchmarks.record import NOT_UP, Figures, Record, Row, describe, invalidate, rows
 from benchmarks.suites import Mode, Point, Run, Suite
 from benchmarks.systems import BASELINE, System
 
@@ -45,7 +45,7 @@ class Race:
                     self.systems.append(system)
                     self.rules[system.name] = 0
                 except (RuntimeError, OSError) as error:
-                    described.missing = f"did not come up: {error}"
+                    described.missing = f"{NOT_UP}: {error}"
                     with contextlib.suppress(RuntimeError, OSError):
                         system.stop(self.place)
             if described.missing:
@@ -59,16 +59,24 @@ class Race:
                 system.stop(self.place)
 
     def run(self, suites: Sequence[Suite]) -> None:
+        """A suite of which every system has its rows is not run again; one that is cut off leaves none."""
         for suite in suites:
             taking_part = self._taking_part(suite)
             if {system.name for system in taking_part} <= self.record.done(suite.name):
                 self.tell(f"{suite.name}: there already")
                 continue
-            self.record.rows = [row for row in self.record.rows if row.suite != suite.name]
-            self.record.checks = [told for told in self.record.checks if told.suite != suite.name]
+            self._forget(suite)
+            try:
+                self._suite(suite, taking_part)
+            except BaseException:
+                self._forget(suite)
+                raise
             self.record.suites[suite.name] = suite.about
-            self._suite(suite, taking_part)
             self.saved()
+
+    def _forget(self, suite: Suite) -> None:
+        self.record.rows = [row for row in self.record.rows if row.suite != suite.name]
+        self.record.checks = [told for told in self.record.checks if told.suite != suite.name]
 
     def _taking_part(self, suite: Suite) -> list[System]:
         chosen = []

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.load import LoadError, inside, wrk
-from benchmarks.place import HTTP, ON_FIRST, PAGE
+from benchmarks.place import ASKING, HTTP, PAGE
 from benchmarks.suites.base import ForAll, Mode, Point, Run
 
 OPEN_RATE = 1000  # requests a second, of one sender
@@ -50,7 +50,7 @@ def closed(run: Run) -> dict[str, float]:
 def open_loop(run: Run) -> dict[str, float]:
     arguments = (run.route.host, str(HTTP), PAGE, str(OPEN_RATE), str(run.mode.seconds))
     told = json.loads(
-        inside(run.place, run.route.client, *ON_FIRST, sys.executable, "-c", OPEN_LOOP, *arguments)
+        inside(run.place, run.route.client, *ASKING, sys.executable, "-c", OPEN_LOOP, *arguments)
     )
     if told["errors"]:
         raise LoadError(f"{told['errors']} requests were not answered 200")

@@ -24,8 +24,8 @@ def measure(run: Run) -> dict[str, float]:
 class Mixed:
     name = "mixed"
     about = (
-        f"Two generators of {CONNECTIONS} connections at once, one asking for what is forbidden. Direct: half of what 32 "
-        "connections get."
+        f"Two generators of {CONNECTIONS} connections at once, one asking for what is forbidden. Direct: half of "
+        "what 32 connections get."
     )
 
     def points(self, mode: Mode) -> Sequence[Point]:

@@ -11,7 +11,7 @@ from benchmarks.systems.proxy import PLAIN, Proxy
 CONFIG = f"""\
 global
   nbthread 1
-  maxconn 30000
+  maxconn 8000
 defaults
   mode http
   timeout connect 5s

@@ -13,8 +13,7 @@ STREAM = "/usr/lib/nginx/modules/ngx_stream_module.so"
 CONFIG = f"""\
 load_module {STREAM};
 daemon off; worker_processes 1; pid FOLDER/nginx.pid; error_log FOLDER/error.log crit;
-worker_rlimit_nofile 200000;
-events {{ worker_connections 120000; }}
+events {{ worker_connections 16000; }}
 stream {{ server {{ listen {BULK}; proxy_pass {PLAIN}:{BULK}; }} }}
 http {{
   access_log off; keepalive_requests 1000000000; keepalive_timeout 1h;

@@ -33,7 +33,8 @@ stats: {{enabled: no}}
 logging: {{default-log-level: error, outputs: [{{console: {{enabled: no}}}}]}}
 app-layer: {{protocols: {{http: {{enabled: yes, libhtp: {{default-config: {{personality: IDS, request-body-limit: 4kb,
   response-body-limit: 4kb}}}}}}}}}}
-stream: {{memcap: 512mb, inline: yes, midstream: no, checksum-validation: no, reassembly: {{memcap: 512mb, depth: 1mb}}}}
+stream: {{memcap: 512mb, inline: yes, midstream: no, checksum-validation: no,
+  reassembly: {{memcap: 512mb, depth: 1mb}}}}
 flow: {{memcap: 512mb, hash-size: 65536, prealloc: 10000}}
 runmode: workers
 unix-command: {{enabled: no}}
@@ -48,9 +49,9 @@ af-packet:
 class Suricata:
     name, kind, layer7 = "suricata", Kind.INLINE, True
     set_up = (
-        "AF_PACKET copy-mode ips, workers, one thread a direction, TPACKET_V2; no outputs, no statistics. It needs whole "
-        "packets as they are on a wire: TSO, GSO, GRO and checksum offload are off at both ends, which its figures "
-        "pay for. It drops a forbidden connection silently. With more rules, so many more paths are denied: an "
+        "AF_PACKET copy-mode ips, workers, one thread a direction, TPACKET_V2; no outputs, no statistics. It needs "
+        "whole packets as they are on a wire: TSO, GSO, GRO and checksum offload are off at both ends, which its "
+        "figures pay for. It drops a forbidden connection silently. With more rules, so many more paths are denied: an "
         "allow list of many paths is not what a signature can say."
     )
 
