@@ -1,0 +1,114 @@
+"""From a recorded run: file, comparison, report, command line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import record as records
+from benchmarks import report
+from benchmarks.cli import app
+from benchmarks.compare import compare, lost
+from benchmarks.record import Record, RecordError
+from tests.benchmarks.world import Fake, Figures, race
+
+cli = CliRunner()
+
+
+@pytest.fixture
+def recorded() -> Record:
+    record = Record({"mode": "quick", "commit": "abc", "cpus": 2})
+    systems = [Fake("direct"), Fake("isolator"), Fake("haproxy"), Fake("gone", absent="not installed: gone")]
+    made = race(systems, broken=frozenset({"haproxy"}), record=record)
+    values = {"direct": [1.0] * 4, "isolator": [0.8] * 4, "haproxy": [0.4] * 4}
+    made.run([Figures(values), Figures(values, name="connect", only="haproxy")])
+    return record
+
+
+def test_file(recorded: Record, tmp_path: Path) -> None:
+    recorded.save(tmp_path / "r.json")
+    assert records.load(tmp_path / "r.json") == recorded
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"about": {}, "rows": [{"odd": 1}]}'])
+def test_not_a_record(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(RecordError, match="not a record"):
+        records.load(tmp_path / "r.json")
+
+
+def test_report(recorded: Record, tmp_path: Path) -> None:
+    files = report.write(recorded, tmp_path)
+    markdown, page = (file.read_text() for file in files)
+    for text in (markdown, page):
+        assert "0.80" in text and "0.40 !" in text
+        assert "gone is missing: not installed: gone" in text
+        assert "haproxy in connect: not its race" in text
+        assert "not measured here" in text and "https://istio.io" in text
+        assert "haproxy: 0" in text, "its configuration"
+        assert "This run failed" in text
+    assert page.count("<svg") == 2, "requests, connections"
+    assert "DOCTYPE svg" not in page
+
+
+def test_the_table_names_who_refused_how_often(recorded: Record) -> None:
+    rows = report.checks(recorded)
+    assert ("haproxy", "GET /admin/secrets", "403 or 000", "200", "0 of 2") in rows
+    assert ("isolator", "GET /admin/secrets", "403 or 000", "403", "4 of 4") in rows
+
+
+def scaled(record: Record, by: float, **changed: object) -> Record:
+    rows = [
+        replace(row, ratio_to_direct=(row.ratio_to_direct or 0) * by, **changed)  # type: ignore[arg-type]
+        if row.system == "isolator"
+        else row
+        for row in record.rows
+    ]
+    return replace(record, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("by", "changed", "verdict"),
+    [
+        (0.8, {}, "worse"),
+        (1.2, {}, "better"),
+        (1.05, {}, "same"),
+        (0.8, {"noisy": True}, "noisy"),
+        (0.8, {"unit": "us"}, "better"),
+    ],
+)
+def test_compare(recorded: Record, by: float, changed: dict[str, object], verdict: str) -> None:
+    told = compare(recorded, scaled(recorded, by, **changed))
+    assert {each.verdict for each in told if each.system == "isolator"} == {verdict}
+    assert "direct" not in {each.system for each in told}
+
+
+def test_compare_without_a_valid_figure(recorded: Record) -> None:
+    after = scaled(recorded, 1, valid=False)
+    assert compare(recorded, after) == []
+    assert lost(recorded, after) == ["http, isolator, rate", "connect, isolator, rate"]
+
+
+def test_commands(recorded: Record, tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    recorded.save(old)
+    scaled(recorded, 0.5).save(new)
+    assert cli.invoke(app, ["compare", str(old), str(old)]).exit_code == 0
+    worse = cli.invoke(app, ["compare", str(old), str(new)])
+    assert (worse.exit_code, "worse" in worse.output) == (1, True)
+    assert cli.invoke(app, ["plot", str(old), "--report", str(tmp_path)]).exit_code == 0
+    assert (tmp_path / "report.html").exists()
+    assert cli.invoke(app, ["plot", str(tmp_path / "none")]).exit_code == 1
+    for wrong in (["run", "nosuch"], ["run", "--systems", "nosuch"], ["run", "--break", "nosuch"]):
+        assert cli.invoke(app, wrong).exit_code == 2
+
+
+def test_resume_wants_the_same_commit_and_mode(recorded: Record, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    recorded.save(file)
+    told = cli.invoke(app, ["run", "--resume", "--json", str(file)])
+    assert told.exit_code == 1
+    assert "nothing to go on with" in told.output
