@@ -174,23 +174,32 @@ def iperf(place: Place, route: Route, flows: int, seconds: int, reverse: bool = 
 
 # -- one large body ----------------------------------------------------------------------------------------
 
-POST = """\
+POSTS = """\
 import socket, sys, time
-host, port, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) << 20
+host, port, size, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) << 20, int(sys.argv[4])
 peer, block = socket.create_connection((host, port), timeout=60), bytes(1 << 20)
-began = time.perf_counter()
-peer.sendall(f"POST /upload?sink HTTP/1.1\\r\\nHost: api\\r\\nContent-Length: {size}\\r\\n\\r\\n".encode())
-for _ in range(size >> 20):
-    peer.sendall(block)
-answer = peer.recv(65536)
-print(answer.split()[1].decode(), size / 1e6 / (time.perf_counter() - began))
+peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+head = f"POST /upload?sink HTTP/1.1\\r\\nHost: api\\r\\nContent-Length: {size}\\r\\n\\r\\n".encode()
+began, status = time.perf_counter(), "200"
+for _ in range(count):
+    peer.sendall(head)
+    for _ in range(size >> 20):
+        peer.sendall(block)
+    seen = b""
+    while b"\\r\\n\\r\\n" not in seen or len(seen.partition(b"\\r\\n\\r\\n")[2]) < 64:
+        data = peer.recv(65536)
+        assert data, seen
+        seen += data
+    if seen.split()[1] != b"200":
+        status = seen.split()[1].decode()
+print(status, size * count / 1e6 / (time.perf_counter() - began))
 """
 
 
-def upload(place: Place, route: Route, megabytes: int) -> float:
-    """MB/s of one POST."""
-    arguments = (route.host, str(UPLOAD), str(megabytes))
-    told = inside(place, route.client, *ON_FIRST, sys.executable, "-c", POST, *arguments)
+def upload(place: Place, route: Route, megabytes: int, count: int = 1) -> float:
+    """MB/s of `count` POSTs of so many MiB each, on one connection. The answer is a digest of 64 characters."""
+    arguments = (route.host, str(UPLOAD), str(megabytes), str(count))
+    told = inside(place, route.client, *ON_FIRST, sys.executable, "-c", POSTS, *arguments)
     return parse_transfer(told)
 
 
@@ -221,3 +230,14 @@ def busy_seconds() -> float:
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
     user, nice, system, _idle, _iowait, irq, softirq, _steal = map(int, fields)
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def process_seconds(pid: int) -> float:
+    """User and system time of a process and its children (proc(5), /proc/<pid>/stat, fields 14 and 15)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0.0
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(map(process_seconds, map(int, children)))

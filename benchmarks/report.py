@@ -21,7 +21,7 @@ LIMITS = (
     "terminating proxy competes with both ends.",
     "There is no network card and no wire: veth pairs have no bandwidth, no latency and no loss of their own.",
     "A shared machine's absolute figures say little; ratios measured in interleaved rounds say more.",
-    "HTTP/1.1 without TLS. HTTP/2, gRPC, churn and many idle flows are not in these suites yet.",
+    "HTTP/1.1 without TLS. HTTP/2, gRPC and churn (edit to enforcement) are not in these suites yet.",
     "Layer-4 systems see no paths: they do less, and are there to show what layer 7 costs.",
 )
 METHOD = (

@@ -6,6 +6,7 @@ from benchmarks.suites.base import FULL, QUICK, Mode, Point, Run, Suite, lower_i
 from benchmarks.suites.bulk import Bulk
 from benchmarks.suites.connect import Connect
 from benchmarks.suites.cost import Cost
+from benchmarks.suites.flows import Flows
 from benchmarks.suites.http import Http
 from benchmarks.suites.latency import Latency
 from benchmarks.suites.mixed import Mixed
@@ -16,4 +17,4 @@ __all__ = ["FULL", "QUICK", "Mode", "Point", "Run", "Suite", "all_suites", "lowe
 
 
 def all_suites() -> list[Suite]:
-    return [Bulk(), Http(), Latency(), Connect(), Upload(), Download(), Rules(), Mixed(), Cost()]
+    return [Bulk(), Http(), Latency(), Connect(), Upload(), Download(), Rules(), Mixed(), Cost(), Flows()]

@@ -70,7 +70,7 @@ class ForAll:
         return ""
 
 
-LOWER_IS_BETTER = ("us", "ms", "s", "MB", "CPU s")
+LOWER_IS_BETTER = ("us", "ms", "s", "MB", "CPU s", "%")
 
 
 def lower_is_better(unit: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from benchmarks.load import busy_seconds, iperf, wrk
+from benchmarks.load import busy_seconds, iperf, process_seconds, wrk
 from benchmarks.place import PAGE, resident
 from benchmarks.suites.base import ForAll, Mode, Point, Run
 
@@ -25,16 +25,25 @@ def of_bytes(run: Run) -> dict[str, float]:
     return {"a terabyte": (busy_seconds() - before) / sent * 1e12}
 
 
+def idle(run: Run) -> dict[str, float]:
+    """% of one CPU that the system's processes take without traffic."""
+    before, began = sum(map(process_seconds, run.system.processes())), time.monotonic()
+    time.sleep(run.mode.seconds)
+    taken = sum(map(process_seconds, run.system.processes())) - before
+    return {"idle": 100 * taken / (time.monotonic() - began)}
+
+
 class Cost(ForAll):
     name = "cost"
     about = (
         "CPU seconds of the whole machine, client and server included, since work in the kernel belongs to no process; "
-        "resident memory of the system's processes after load (0: it has none)."
+        "resident memory of the system's processes after load (0: it has none), and what they take of a CPU while idle."
     )
 
     def points(self, mode: Mode) -> Sequence[Point]:
-        both = [
+        points = [
             Point({"a million requests": "CPU s", "memory": "MB"}, of_requests),
             Point({"a terabyte": "CPU s"}, of_bytes),
+            Point({"idle": "%"}, idle),
         ]
-        return both if mode.full else both[:1]
+        return points if mode.full else points[:1]

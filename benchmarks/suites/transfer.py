@@ -7,9 +7,15 @@ from collections.abc import Sequence
 from benchmarks.load import download, upload
 from benchmarks.suites.base import ForAll, Mode, Point, Run
 
+POSTS = 200
+
 
 def up(run: Run) -> dict[str, float]:
     return {"upload": upload(run.place, run.route, run.mode.megabytes)}
+
+
+def posts(run: Run) -> dict[str, float]:
+    return {f"{POSTS} posts of 1 MiB": upload(run.place, run.route, 1, POSTS)}
 
 
 def down(run: Run) -> dict[str, float]:
@@ -18,10 +24,13 @@ def down(run: Run) -> dict[str, float]:
 
 class Upload(ForAll):
     name = "upload"
-    about = "One POST with a body of declared length (1 GiB, quick: 256 MiB)."
+    about = (
+        "One POST with a body of declared length (1 GiB, quick: 256 MiB); full: also many on one connection."
+    )
 
     def points(self, mode: Mode) -> Sequence[Point]:
-        return [Point({"upload": "MB/s"}, up)]
+        both = [Point({"upload": "MB/s"}, up), Point({f"{POSTS} posts of 1 MiB": "MB/s"}, posts)]
+        return both if mode.full else both[:1]
 
 
 class Download(ForAll):
