@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from benchmarks import record as records
 from benchmarks import report
-from benchmarks.cli import app
+from benchmarks.cli import app, chosen, resumed
 from benchmarks.compare import compare, lost
 from benchmarks.record import Record, RecordError
+from benchmarks.systems import all_systems
 from tests.benchmarks.world import Fake, Figures, race
 
 cli = CliRunner()
@@ -102,13 +104,25 @@ def test_commands(recorded: Record, tmp_path: Path) -> None:
     assert cli.invoke(app, ["plot", str(old), "--report", str(tmp_path)]).exit_code == 0
     assert (tmp_path / "report.html").exists()
     assert cli.invoke(app, ["plot", str(tmp_path / "none")]).exit_code == 1
-    for wrong in (["run", "nosuch"], ["run", "--systems", "nosuch"], ["run", "--break", "nosuch"]):
-        assert cli.invoke(app, wrong).exit_code == 2
 
 
 def test_resume_wants_the_same_commit_and_mode(recorded: Record, tmp_path: Path) -> None:
+    """Not by way of `run`: where this fails, it must not start a race."""
     file = tmp_path / "r.json"
+    recorded.about["commit"] = records.commit()
     recorded.save(file)
-    told = cli.invoke(app, ["run", "--resume", "--json", str(file)])
-    assert told.exit_code == 1
-    assert "nothing to go on with" in told.output
+    assert resumed(file, "quick") == recorded
+    for what, value in (("commit", "another"), ("mode", "full")):
+        replace(recorded, about={**recorded.about, what: value}).save(file)
+        with pytest.raises(typer.Exit):
+            resumed(file, "quick")
+
+
+def test_a_name_that_nobody_has_is_wrong_usage() -> None:
+    assert [system.name for system in chosen(all_systems(), ["nginx", "direct"], "system")] == [
+        "direct",
+        "nginx",
+    ]
+    assert len(chosen(all_systems(), [], "system")) == len(all_systems())
+    with pytest.raises(typer.BadParameter, match="no system nosuch: there are direct, "):
+        chosen(all_systems(), ["nosuch"], "system")

@@ -41,6 +41,14 @@ def test_a_system_without_its_policy_is_caught(layer7: bool) -> None:
     assert made.record.failed() and all(line.startswith("a, http: ") for line in made.record.failed())
 
 
+def test_layer_4_is_asked_for_a_port_and_layer_7_for_a_path_and_a_method() -> None:
+    made = race([Fake("direct"), Fake("four", layer7=False), Fake("seven")])
+    made.run([Figures({name: [1.0] * 4 for name in ("direct", "four", "seven")})])
+    asked = {name: {c.asked for c in made.record.checks if c.system == name} for name in ("four", "seven")}
+    assert asked["four"] == {"GET /api/v1/1k", "GET /api/v1/1k on port 8080"}
+    assert asked["seven"] == {"GET /api/v1/1k", "GET /admin/secrets", "POST /api/v1/1k"}
+
+
 def test_a_policy_that_is_lost_on_the_way_is_caught() -> None:
     system = Fake("a")
     made = race([Fake("direct"), system])
