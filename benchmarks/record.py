@@ -87,8 +87,9 @@ class Record:
         draft.replace(file)
 
     def done(self, suite: str) -> set[str]:
-        """Systems of which this suite has rows."""
-        return {row.system for row in self.rows if row.suite == suite}
+        """Systems of which this suite has rows, none of them an error."""
+        rows = [row for row in self.rows if row.suite == suite]
+        return {row.system for row in rows} - {row.system for row in rows if row.error}
 
     def failed(self) -> list[str]:
         """What makes the run fail."""

@@ -96,6 +96,15 @@ def test_what_is_there_is_not_run_again() -> None:
     assert again.asked == []
 
 
+def test_a_suite_with_an_error_in_it_is_run_again() -> None:
+    systems = [Fake("direct"), Fake("a")]
+    record = Record({"mode": "quick"})
+    race(systems, record=record).run([Figures({**DIRECT, "a": [1.0, "reset"]})])
+    race(systems, record=record).run([Figures({**DIRECT, "a": [1.0, 50.0, 50.0, 50.0]})])
+    assert [(row.system, row.error) for row in record.rows] == [("direct", ""), ("a", "")]
+    assert record.failed() == []
+
+
 def test_a_suite_that_is_cut_off_leaves_nothing() -> None:
     made = race([Fake("direct"), Fake("a")])
 
