@@ -9,9 +9,6 @@ from benchmarks.policy import ALLOWED, DENIED
 from benchmarks.record import Check
 from benchmarks.systems import BASELINE, System
 
-REFUSED = ("403", "000")
-"""Answered so, or not at all."""
-
 Ask = Callable[[Route, str, int, str], str]
 """(route, path, port, method) → the status, 000 without an answer."""
 
@@ -29,5 +26,5 @@ def check(suite: str, system: System, route: Route, ask: Ask) -> list[Check]:
     for path, port, method in forbidden:
         seen = ask(route, path, port, method)
         asked = f"{method} {path}" + (f" on port {port}" if port != HTTP else "")
-        told.append(Check(suite, system.name, asked, " or ".join(REFUSED), seen, seen in REFUSED))
+        told.append(Check(suite, system.name, asked, system.refusal, seen, seen == system.refusal))
     return told

@@ -26,12 +26,14 @@ class Kind(StrEnum):
 class System(Protocol):
     """An adapter: the policy in this system's language, and how to start and stop it.
 
+    `refusal`: the status that a forbidden request gets, 000 for none.
     `set_up` says in the report what was done so that the comparison is fair.
     """
 
     name: str
     kind: Kind
     layer7: bool
+    refusal: str
     set_up: str
 
     def missing(self) -> str:

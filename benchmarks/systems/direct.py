@@ -7,7 +7,7 @@ from benchmarks.systems.base import Kind
 
 
 class Direct:
-    name, kind, layer7 = "direct", Kind.NONE, False
+    name, kind, layer7, refusal = "direct", Kind.NONE, False, ""
     set_up = "Client and server on one bridge, no isolation. Every ratio is to this."
 
     def missing(self) -> str:

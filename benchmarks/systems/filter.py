@@ -16,7 +16,7 @@ class Filter:
 
     name: str
     kind = Kind.KERNEL
-    layer7 = False
+    layer7, refusal = False, "000"
     set_up: str
     commands: tuple[str, ...]
     loads: tuple[str, ...]

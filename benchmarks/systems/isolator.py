@@ -35,7 +35,7 @@ spec:
 
 
 class Isolator:
-    name, kind, layer7 = "isolator", Kind.INLINE, True
+    name, kind, layer7, refusal = "isolator", Kind.INLINE, True, "403"
     set_up = (
         "One agent, both containers spliced (the policy selects the server). Layer 4 is decided in the kernel, HTTP "
         "heads in Python, bodies pass in the kernel. Offloads untouched, XDP off, flow log as in the default "

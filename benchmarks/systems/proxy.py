@@ -20,7 +20,7 @@ class Proxy:
 
     name: str
     kind = Kind.PROXY
-    layer7 = True
+    layer7, refusal = True, "403"
     set_up: str
     commands: tuple[str, ...]
     asks_version: tuple[str, ...]

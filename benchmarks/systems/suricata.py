@@ -47,7 +47,7 @@ af-packet:
 
 
 class Suricata:
-    name, kind, layer7 = "suricata", Kind.INLINE, True
+    name, kind, layer7, refusal = "suricata", Kind.INLINE, True, "000"
     set_up = (
         "AF_PACKET copy-mode ips, workers, one thread a direction, TPACKET_V2; no outputs, no statistics. It needs "
         "whole packets as they are on a wire: TSO, GSO, GRO and checksum offload are off at both ends, which its "

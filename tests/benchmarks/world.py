@@ -25,6 +25,7 @@ class Fake:
     absent: str = ""
     kind: Kind = Kind.PROXY
     set_up: str = "none"
+    refusal: str = "403"
     applied: list[int] = field(default_factory=list)
 
     def missing(self) -> str:
@@ -87,7 +88,7 @@ def race(systems: list[Fake], broken: frozenset[str] = frozenset(), record: Reco
     def ask(route: Route, path: str, port: int, method: str) -> str:
         system = by_name[route.host]
         forbidden = path.startswith("/admin") or method == "POST" if system.layer7 else port != 80
-        return "403" if forbidden and not system.broken else "200"
+        return system.refusal if forbidden and not system.broken else "200"
 
     made = Race(
         Place(cast(Any, NoLab())),
