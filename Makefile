@@ -1,9 +1,9 @@
 # Each target does all its own set-up; see .ci/setup for what that is. On Debian 12, as root.
 #   make demo    three namespaces, a policy, real traffic: what gets through and what does not
-#   make test    lint and all tests
+#   make test    lint and all tests (make test-image: those of the image)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages toolchain peers machine absent bpf demo test lint starts operations containers bench bench-life bench-micro lock clean
+.PHONY: help setup packages toolchain peers machine absent bpf demo test test-image lint starts operations containers bench bench-life bench-micro lock clean
 
 ARCH := $(shell uname -m | sed 's/x86_64/x86/; s/aarch64/arm64/')
 OBJECTS := isolator/datapath/objects
@@ -54,7 +54,11 @@ lint: setup
 	.venv/bin/lint-imports --no-cache
 
 test: machine setup bpf lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -m "not image"
+
+# The agent's image: built from package registries, run as the README says, removed and run again.
+test-image: machine setup bpf
+	.venv/bin/python -m pytest -m image
 
 # Bars with a real engine, each printing its figure.
 starts: machine setup bpf
