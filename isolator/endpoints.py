@@ -450,7 +450,8 @@ class Endpoints:
         """Splices what is due. Afterwards the policy in force is the roster's, and the gate is open to those whom it
         should be open to."""
         now = self._clock()
-        await self._review([managed for managed in self._managed.values() if managed.is_due(now)])
+        if maybe := [managed for managed in self._managed.values() if managed.is_due(now)]:
+            await self._review(maybe)
         due = [managed for managed in self._managed.values() if managed.is_due(now)]
         for managed in await self._numbered([each for each in due if await self._looked(each)]):
             if self._stopping:

@@ -25,22 +25,13 @@ from isolator.datapath.nftables import run
 from isolator.datapath.node import Names
 from isolator.datapath.pins import layouts
 from isolator.lab import wait_for
-from tests.e2e.docker_place import ALLOWED, API, DENIED, IDLE, OTHER, SERVER, WEB, Place, docker_place
+from tests.e2e.docker_place import ALLOWED, API, DENIED, IDLE, OTHER, POLICY, SERVER, WEB, Place, docker_place
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 STATE = Path("/run/isolator-test-life")
 OPERATIONS = int(os.environ.get("ISOLATOR_OPERATIONS", "40"))
 CONTAINERS = int(os.environ.get("ISOLATOR_CONTAINERS", "8"))
-POLICY = """\
-kind: Policy
-metadata: {name: shop}
-spec:
-  select: {app: shop, role: api}
-  ingress:
-    - name: read-books
-      from: [{select: {app: shop}}]
-      ports: [{port: 80}]
-      http: [{methods: [GET], path: /api/v1/**}]
+PROBES = """\
 ---
 kind: Policy
 metadata: {name: probes}
@@ -69,7 +60,7 @@ services:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with docker_place(tmp_path_factory.mktemp("life"), STATE, POLICY) as made:
+    with docker_place(tmp_path_factory.mktemp("life"), STATE, POLICY + PROBES) as made:
         yield made
 
 
