@@ -305,6 +305,9 @@ class Nfa:
                 todo.extend(self._empty[at])
         return frozenset(seen)
 
+    def tells(self, character: str) -> tuple[bool, ...]:
+        return tuple(read is not None and read[0].holds(character) for read in self._reads)
+
     def step(self, positions: frozenset[int], character: str) -> frozenset[int]:
         reads = (self._reads[at] for at in positions)
         return self.closure(read[1] for read in reads if read is not None and read[0].holds(character))
@@ -331,6 +334,23 @@ class Regex:
     def may_begin(self, prefix: str) -> bool:
         """Whether anything that begins with `prefix` can match."""
         return bool(self._run(prefix))
+
+    # -- step by step -----------------------------------------------------------------------------------
+
+    @property
+    def start(self) -> frozenset[int]:
+        """Where nothing is read yet."""
+        return self._start
+
+    def step(self, positions: frozenset[int], character: str) -> frozenset[int]:
+        return self._nfa.step(positions, character)
+
+    def accepts(self, positions: frozenset[int]) -> bool:
+        return self._nfa.end in positions
+
+    def tells(self, character: str) -> tuple[bool, ...]:
+        """What of the pattern the character is part of: those that are part of the same are alike."""
+        return self._nfa.tells(character)
 
     def _run(self, text: str) -> frozenset[int]:
         moves = self._moves
