@@ -139,10 +139,10 @@ def asker(made: Place) -> Any:
 
 
 def print_record(record: Record) -> None:
-    table = report.headline(record)
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    for row in table:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for table in (report.headline(record), report.absolute(record)):
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        for row in table if len(table) > 1 else ():
+            typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 # -- list, compare, plot -----------------------------------------------------------------------------------

@@ -32,6 +32,10 @@ class LoadError(Exception):
     """A load generator failed, or its figure has errors in it."""
 
 
+class BoundedError(LoadError):
+    """More was asked for than a bound lets in: no failure, but a limit to be told."""
+
+
 # -- wrk ---------------------------------------------------------------------------------------------------
 
 DONE = """\

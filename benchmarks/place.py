@@ -28,7 +28,16 @@ HTTP, UPLOAD, BULK, FORBIDDEN_PORT = 80, 8081, 9091, 8080
 """Ports of every server. Nobody may connect to the last, though a server listens there."""
 
 PAGE, BIG = "/api/v1/1k", "/api/v1/big"
-SIZES = {PAGE: 1 << 10, "/api/v1/100k": 100 << 10, BIG: 1 << 30}
+EXTRA, EXTRA_PORT = "/extra/page", 9090
+"""What an edit of the policy opens and closes: a page for layer 7, a port for layer 4."""
+
+NEWCOMER_NUMBER = 200
+"""Of the address of a container that starts while others run."""
+
+HOLD = (8082, 8083, 8084, 8085)
+"""Behind these stand servers of many processes, for more idle connections than one may have open files."""
+
+SIZES = {PAGE: 1 << 10, "/api/v1/100k": 100 << 10, BIG: 1 << 30, EXTRA: 1 << 10}
 FIRST, LAST = 0, (os.cpu_count() or 1) - 1
 ON_FIRST, ON_LAST = (("taskset", "-c", str(cpu)) for cpu in (FIRST, LAST))
 PINNED = LAST > 1
@@ -47,6 +56,15 @@ http {{
            location = /api/v1/books {{ return 200 "books\\n"; }} }}
 }}
 """
+
+HOLDING = """\
+daemon off; worker_processes 8; pid {root}/nginx.pid; error_log {root}/error.log crit;
+events {{ worker_connections 16000; }}
+http {{
+  access_log off; keepalive_timeout 1h; root {pages};
+  server {{ LISTEN }}
+}}
+""".replace("LISTEN", " ".join(f"listen {port} reuseport backlog=4096;" for port in HOLD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +96,29 @@ class Place:
             self.hosts[name] = f"10.9.0.{self.numbers}"
         return self.hosts[name]
 
+    @contextmanager
+    def newcomer(self, name: str) -> Iterator[None]:
+        """A container that comes and goes, always at the same address."""
+        self.lab.add(name, NEWCOMER_NUMBER)
+        try:
+            yield
+        finally:
+            run("ip", "netns", "del", f"{PREFIX}-{name}")
+
     def server(self, name: str) -> str:
         """A container with the servers of all in it; its address."""
         address = self.container(name)
         self.serve(name)
         return address
 
+    def root(self, name: str) -> Path:
+        """Where a server's files are."""
+        return self.lab.root if name == "api" else self.lab.root / name
+
     def serve(self, name: str) -> None:
         if name != "api":
             self.lab.serve(name, SERVER)
-        pages(self.lab.root if name == "api" else self.lab.root / name)
+        pages(self.root(name))
         self.lab.start(name, *ON_LAST, "iperf3", "-s", "-p", str(BULK))
 
     def lane(self, name: str, bridged: bool = True) -> Route:
@@ -126,6 +157,20 @@ class Place:
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+@contextmanager
+def holding_server(made: Place, route: Route) -> Iterator[None]:
+    """Behind HOLD, beside a route's server, as long as it is needed."""
+    root = made.lab.root / f"{route.server}-holding"
+    root.mkdir(exist_ok=True)
+    (root / "nginx.conf").write_text(HOLDING.format(root=root, pages=made.root(route.server)))
+    process = made.start(route.server, "nginx", "-c", str(root / "nginx.conf"))
+    try:
+        wait_for(lambda: (root / "nginx.pid").exists(), "the holding server does not start")
+        yield
+    finally:
+        made.end(process)
 
 
 def pages(root: Path) -> None:

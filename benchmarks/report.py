@@ -21,7 +21,7 @@ LIMITS = (
     "terminating proxy competes with both ends.",
     "There is no network card and no wire: veth pairs have no bandwidth, no latency and no loss of their own.",
     "A shared machine's absolute figures say little; ratios measured in interleaved rounds say more.",
-    "HTTP/1.1 without TLS. HTTP/2, gRPC and churn (edit to enforcement) are not in these suites yet.",
+    "HTTP/1.1 without TLS. HTTP/2 and gRPC are not in these suites yet.",
     "Layer-4 systems see no paths: they do less, and are there to show what layer 7 costs.",
 )
 METHOD = (
@@ -67,8 +67,29 @@ def headline(record: Record) -> Table:
             ratio = row.ratio_to_direct if row else None
             cells.append("-" if row is None or ratio is None else f"{ratio:.2f}{mark(row)}")
         if any(cell != "-" for cell in cells):
-            table.append((suite, metric, "lower" if lower_is_better(unit) else "higher", *cells))
+            table.append((suite, metric, better(unit), *cells))
     return table
+
+
+def absolute(record: Record) -> Table:
+    """Metrics that direct has no figure for, down; systems across: the values themselves."""
+    names = [name for name in present(record) if name != BASELINE]
+    table: Table = [("suite", "metric", "better", *names)]
+    for suite, metric, unit in metrics(record):
+        found = {name: find(record, suite, name, metric) for name in names}
+        if any(row and row.ratio_to_direct is not None for row in found.values()):
+            continue
+        cells = [
+            "-" if not row or row.value is None else f"{number(row.value)} {unit}{mark(row)}"
+            for row in found.values()
+        ]
+        if any(each != "-" for each in cells):
+            table.append((suite, metric, better(unit), *cells))
+    return table
+
+
+def better(unit: str) -> str:
+    return "lower" if lower_is_better(unit) else "higher"
 
 
 def figures(record: Record) -> Table:
@@ -147,6 +168,9 @@ def document(record: Record) -> Iterator[Piece]:
     yield Heading("Ratios to direct")
     yield "~ noisy · ! not valid, the policy was not enforced · - not measured. 1.00 is as fast as no isolation at all."
     yield headline(record)
+    if len(values := absolute(record)) > 1:
+        yield Heading("Where direct has no figure: values, not ratios")
+        yield values
     for title, svg in plots(record):
         yield Heading(title)
         yield Picture(svg)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.enforcement import Ask, check
-from benchmarks.load import LoadError
+from benchmarks.load import BoundedError, LoadError
 from benchmarks.place import Place, Route, pin_servers
 from benchmarks.record import NOT_UP, Figures, Record, Row, describe, invalidate, rows
 from benchmarks.suites import Mode, Point, Run, Suite
@@ -86,10 +86,13 @@ class Race:
             why = suite.not_for(system)
             if not why:
                 chosen.append(system)
-            said = {"suite": suite.name, "system": system.name, "why": why}
-            if why and said not in self.record.left_out:
-                self.record.left_out.append(said)
+            self._leave_out(suite, system, why)
         return chosen
+
+    def _leave_out(self, suite: Suite, system: System, why: str, metric: str = "") -> None:
+        said = {"suite": suite.name, "system": system.name, "why": f"{metric}: {why}" if metric else why}
+        if why and said not in self.record.left_out:
+            self.record.left_out.append(said)
 
     def _suite(self, suite: Suite, systems: list[System]) -> None:
         failed = self._check(suite, systems)
@@ -121,12 +124,10 @@ class Race:
     def _point(self, suite: Suite, point: Point, systems: list[System]) -> list[Row]:
         figures: Figures = {}
         errors: dict[str, str] = {}
-        for system in systems:
-            try:
-                self._apply(system, point.rules)
-            except (RuntimeError, OSError) as error:
-                errors[system.name] = f"{point.rules} rules: {error}"
-        for number in range(-self.mode.warm, self.mode.rounds):
+        bounded: set[str] = set()
+        systems = self._with_rules(suite, point, systems, errors)
+        warm, rounds = (0, point.rounds) if point.rounds else (self.mode.warm, self.mode.rounds)
+        for number in range(-warm, rounds if systems else 0):
             turn = number % len(systems)
             for system in systems[turn:] + systems[:turn]:
                 if system.name in errors:
@@ -135,8 +136,11 @@ class Race:
                 try:
                     told = point.measure(run)
                 except (LoadError, RuntimeError, OSError) as error:
-                    errors[system.name] = str(error)
                     self.tell(f"{system.name}: {error}")
+                    errors[system.name] = str(error)
+                    if isinstance(error, BoundedError):
+                        bounded.add(system.name)
+                        self._leave_out(suite, system, str(error), metric_of(point))
                     continue
                 for metric, value in told.items() if number >= 0 else ():
                     figures.setdefault((system.name, metric), []).append(value)
@@ -145,14 +149,35 @@ class Race:
         return made + [
             Row(suite.name, name, metric, None, unit, valid=False, error=why)
             for name, why in errors.items()
+            if name not in bounded
             for metric, unit in point.metrics.items()
         ]
+
+    def _with_rules(
+        self, suite: Suite, point: Point, systems: list[System], errors: dict[str, str]
+    ) -> list[System]:
+        """Those that take part in a point, with its rules in force."""
+        taking_part = []
+        for system in systems:
+            if why := point.not_for(system):
+                self._leave_out(suite, system, why, metric_of(point))
+                continue
+            taking_part.append(system)
+            try:
+                self._apply(system, point.rules)
+            except (RuntimeError, OSError) as error:
+                errors[system.name] = f"{point.rules} rules: {error}"
+        return taking_part
 
     def _apply(self, system: System, rules: int) -> None:
         if self.rules[system.name] == rules or system.name in self.broken:
             return
         system.apply(self.place, rules)
         self.rules[system.name] = rules
+
+
+def metric_of(point: Point) -> str:
+    return next(iter(point.metrics))
 
 
 def in_order(systems: Sequence[System]) -> list[System]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.suites.base import FULL, QUICK, Mode, Point, Run, Suite, lower_is_better
 from benchmarks.suites.bulk import Bulk
+from benchmarks.suites.churn import Churn
 from benchmarks.suites.connect import Connect
 from benchmarks.suites.cost import Cost
 from benchmarks.suites.flows import Flows
@@ -17,4 +18,5 @@ __all__ = ["FULL", "QUICK", "Mode", "Point", "Run", "Suite", "all_suites", "lowe
 
 
 def all_suites() -> list[Suite]:
-    return [Bulk(), Http(), Latency(), Connect(), Upload(), Download(), Rules(), Mixed(), Cost(), Flows()]
+    traffic: list[Suite] = [Bulk(), Http(), Latency(), Connect(), Upload(), Download()]
+    return [*traffic, Rules(), Mixed(), Cost(), Churn(), Flows()]

@@ -39,17 +39,27 @@ class Run:
     mode: Mode
 
 
+def everybody(system: System) -> str:
+    return ""
+
+
 Measure = Callable[[Run], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What is measured in one go: `measure` gives a value for each of `metrics` (metric → unit). `rules`: with so
-    many more rules."""
+    """What is measured in one go: `measure` gives a value for each of `metrics` (metric → unit).
+
+    `rules`: with so many more rules. `rounds`: so many, without a warm-up, instead of the mode's. `takes`: seconds
+    of a round, where they are not the mode's. `not_for`: why a system of the suite has no place here.
+    """
 
     metrics: dict[str, str]
     measure: Measure
     rules: int = 0
+    rounds: int = 0
+    takes: float = 0
+    not_for: Callable[[System], str] = everybody
 
 
 class Suite(Protocol):

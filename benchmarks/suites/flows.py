@@ -5,63 +5,112 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-from benchmarks.load import LoadError, wrk
-from benchmarks.place import HTTP, PAGE
+from benchmarks.load import BoundedError, LoadError, wrk
+from benchmarks.place import HOLD, HTTP, PAGE, holding_server
 from benchmarks.suites.base import ForAll, Mode, Point, Run
+from benchmarks.systems import Kind, System
 from isolator.lab import PREFIX
 
-COUNTS = (10, 1_000, 6_000)
-"""More need more open files a process than many a machine grants (20,000 here: a proxy takes two for each)."""
+COUNTS = (10, 1_000, 8_000)
+"""Up to what one process with 20,000 open files can hold (a proxy takes two for each), and what Isolator has room
+for: 8,192 inspected flows an endpoint."""
 
-HOLD = """\
-import socket, sys
-host, port, path, count = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-head, open_ = f"GET {path} HTTP/1.1\\r\\nHost: api\\r\\n\\r\\n".encode(), []
-for _ in range(count):
-    peer = socket.create_connection((host, port), timeout=10)
-    peer.sendall(head)
-    assert peer.recv(65536).split()[1] == b"200"
-    open_.append(peer)
-print("open", flush=True)
+MANY = 100_000
+"""More than one process can hold: held by several, on ports behind which stand several."""
+
+SHARE = 16_000  # connections of one holder
+
+HOLDER = """\
+import socket, struct, sys
+host, ports, path, count = sys.argv[1], list(map(int, sys.argv[2].split(","))), sys.argv[3], int(sys.argv[4])
+head, open_, why = f"GET {path} HTTP/1.1\\r\\nHost: api\\r\\n\\r\\n".encode(), [], ""
+try:
+    for number in range(count):
+        peer = socket.create_connection((host, ports[number % len(ports)]), timeout=5)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves no TIME_WAIT
+        peer.sendall(head)
+        assert (seen := peer.recv(65536)).split()[1:2] == [b"200"], seen[:80]
+        open_.append(peer)
+except (OSError, AssertionError) as error:
+    why = str(error)
+print(len(open_), why, flush=True)
 sys.stdin.read()
 """
 
 
+def shares(count: int) -> list[int]:
+    """What each holder holds: as few of them as can."""
+    holders = -(-count // SHARE)
+    return [count // holders + (number < count % holders) for number in range(holders)]
+
+
+def opened(told: Sequence[str], count: int) -> None:
+    """Raises unless the holders' lines, `NUMBER WHY`, add up to `count`."""
+    lines = [line.strip().partition(" ") for line in told]
+    if (held := sum(int(number or 0) for number, _, _ in lines)) < count:
+        why = next((why for _, _, why in lines if why), "a holder ended")
+        raise BoundedError(f"{held:,} of {count:,} connections were let in ({why})")
+
+
 @contextmanager
-def held(run: Run, count: int) -> Iterator[None]:
-    """So many connections, each answered once, then idle."""
-    command = (sys.executable, "-c", HOLD, run.route.host, str(HTTP), PAGE, str(count))
-    holder = subprocess.Popen(
+def holder(run: Run, ports: Sequence[int], count: int) -> Iterator[subprocess.Popen[str]]:
+    command = (sys.executable, "-c", HOLDER, run.route.host, ",".join(map(str, ports)), PAGE, str(count))
+    process = subprocess.Popen(
         ["nsenter", f"--net=/run/netns/{PREFIX}-{run.route.client}", *command],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    assert holder.stdin is not None and holder.stdout is not None and holder.stderr is not None
     try:
-        if holder.stdout.readline().strip() != "open":
-            raise LoadError(f"{count} connections: {holder.stderr.read().strip().splitlines()[-1:]}")
-        yield
+        yield process
     finally:
-        holder.kill()
-        holder.wait()
-        for pipe in (holder.stdin, holder.stdout, holder.stderr):
-            pipe.close()
+        process.kill()
+        process.communicate()
 
 
-def point(count: int) -> Point:
-    metric = f"c32, {count} idle connections"
+@contextmanager
+def held(run: Run, count: int, ports: Sequence[int]) -> Iterator[None]:
+    """So many connections, each answered once, then idle."""
+    with ExitStack() as stack:
+        holders = [stack.enter_context(holder(run, ports, share)) for share in shares(count)]
+        opened([each.stdout.readline() for each in holders if each.stdout is not None], count)
+        yield
 
+
+def metric(count: int) -> str:
+    return f"c32, {count} idle connections"
+
+
+def rate(run: Run) -> float:
+    return wrk(run.place, run.route, PAGE, 32, run.mode.seconds).rate
+
+
+def few(count: int) -> Point:
     def measure(run: Run) -> dict[str, float]:
-        with held(run, count):
-            return {metric: wrk(run.place, run.route, PAGE, 32, run.mode.seconds).rate}
+        try:
+            with held(run, count, (HTTP,)):
+                return {metric(count): rate(run)}
+        except BoundedError as error:
+            raise LoadError(str(error)) from error
 
-    return Point({metric: "1/s"}, measure)
+    return Point({metric(count): "1/s"}, measure, takes=2 + count / 2_000)
+
+
+def many(count: int) -> Point:
+    def measure(run: Run) -> dict[str, float]:
+        with holding_server(run.place, run.route), held(run, count, HOLD):
+            return {metric(count): rate(run)}
+
+    return Point({metric(count): "1/s"}, measure, rounds=1, takes=count / 4_000, not_for=not_many)
+
+
+def not_many(system: System) -> str:
+    return "limit of open files: one worker takes two a connection" if system.kind is Kind.PROXY else ""
 
 
 class Flows(ForAll):
     name = "flows"
-    about = "Requests a second on 32 connections while others are open and idle."
+    about = f"Requests a second on 32 connections while others are open and idle. {MANY}: one round, the rate alone."
 
     def points(self, mode: Mode) -> Sequence[Point]:
-        return [point(count) for count in COUNTS] if mode.full else []
+        return [*map(few, COUNTS), many(MANY)] if mode.full else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.systems.base import Kind, System
+from benchmarks.systems.base import Editable, Kind, System
 from benchmarks.systems.direct import Direct
 from benchmarks.systems.envoy import Envoy
 from benchmarks.systems.haproxy import Haproxy
@@ -12,7 +12,7 @@ from benchmarks.systems.nftables import Nftables
 from benchmarks.systems.nginx import Nginx
 from benchmarks.systems.suricata import Suricata
 
-__all__ = ["BASELINE", "Kind", "System", "all_systems"]
+__all__ = ["BASELINE", "Editable", "Kind", "System", "all_systems"]
 
 BASELINE = "direct"
 

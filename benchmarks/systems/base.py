@@ -9,7 +9,7 @@ import subprocess
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from benchmarks.place import Place, Route
 
@@ -58,6 +58,16 @@ class System(Protocol):
 
     def processes(self) -> list[int]:
         """Whose memory and CPU are the system's."""
+        ...
+
+
+@runtime_checkable
+class Editable(System, Protocol):
+    """A system whose policy can be edited while it runs, with an answer that shows when the edit holds."""
+
+    def edit(self, place: Place, rules: int, extra: bool) -> None:
+        """Writes the policy, with so many more rules and with what `extra` opens or without, and does what its
+        operator would do to have it taken up. Does not wait until it is."""
         ...
 
 

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.place import BULK, HTTP, UPLOAD
-from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, rule_path
+from benchmarks.place import BULK, HTTP, UPLOAD, Place
+from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, more_paths
 from benchmarks.systems.proxy import PLAIN, Proxy, found
 
 TYPE = "type.googleapis.com/envoy.extensions.filters"
+ROUTES = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
 Json = dict[str, Any]
 
 
@@ -69,13 +70,13 @@ class Envoy(Proxy):
     commands, asks_version = ("envoy",), ("--version",)
     set_up = (
         "One worker (--concurrency 1), keep-alive to the server, no access log, no admin port. Each allowed path is a "
-        "route (Envoy tries routes in turn); what none takes is answered 403. Bulk through tcp_proxy."
+        "route (Envoy tries routes in turn); what none takes is answered 403. Routes are in a file that it watches. "
+        "Bulk through tcp_proxy."
     )
 
-    def config(self, rules: int = 0, policy: bool = True) -> str:
+    def config(self, rules: int = 0, policy: bool = True, extra: bool = False) -> str:
         pages = [
-            route({"prefix": path}, METHODS, "pages")
-            for path in (*map(rule_path, range(rules)), PREFIX_ALLOWED)
+            route({"prefix": path}, METHODS, "pages") for path in (*more_paths(rules, extra), PREFIX_ALLOWED)
         ]
         uploads = [route({"path": UPLOAD_PATH}, ("POST",), "uploads")]
         refused = {"match": {"prefix": "/"}, "direct_response": {"status": 403}}
@@ -90,11 +91,25 @@ class Envoy(Proxy):
         }
         return json.dumps({"static_resources": resources}, indent=1)
 
-    def write(self, folder: Path, config: str, rules: int) -> None:
-        (folder / "config.json").write_text(config)
+    def write(self, folder: Path, config: str, rules: int, extra: bool) -> None:
+        """The routes in a file of their own, moved into place: Envoy watches for that (RDS by path)."""
+        whole = json.loads(config)
+        listener = whole["static_resources"]["listeners"][0]
+        manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+        routes = {"@type": ROUTES, "name": "pages", **manager.pop("route_config")}
+        source = {"path_config_source": {"path": str(folder / "routes.json")}, "resource_api_version": "V3"}
+        manager["rds"] = {"route_config_name": "pages", "config_source": source}
+        (folder / "config.json").write_text(json.dumps(whole))
+        draft = folder / "draft.json"
+        draft.write_text(json.dumps({"resources": [routes]}))
+        draft.replace(folder / "routes.json")
 
     def command(self, folder: Path) -> tuple[str, ...]:
         config = str(folder / "config.json")
         # fmt: off
-        return (found("envoy"), "-c", config, "--concurrency", "1", "-l", "off", "--use-dynamic-base-id")
+        return (found("envoy"), "-c", config, "--concurrency", "1", "-l", "off", "--use-dynamic-base-id",
+                "--service-node", "race", "--service-cluster", "race")
         # fmt: on
+
+    def reload(self, place: Place, folder: Path) -> None:
+        """It watches the file."""

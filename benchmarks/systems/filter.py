@@ -27,7 +27,7 @@ class Filter:
     def version(self) -> str:
         return told_version(self.commands[0], "--version")
 
-    def config(self, rules: int = 0, policy: bool = True) -> str:
+    def config(self, rules: int = 0, policy: bool = True, extra: bool = False) -> str:
         raise NotImplementedError
 
     def start(self, place: Place, policy: bool = True) -> Route:
@@ -41,6 +41,9 @@ class Filter:
 
     def apply(self, place: Place, rules: int) -> None:
         self._load(self.config(rules))
+
+    def edit(self, place: Place, rules: int, extra: bool) -> None:
+        self._load(self.config(rules, extra=extra))
 
     def _load(self, config: str) -> None:
         """All or nothing; raises with what it said."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
-from benchmarks.place import BULK, HTTP, UPLOAD
-from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, rule_path
+from benchmarks.place import BULK, HTTP, UPLOAD, Place
+from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, more_paths
 from benchmarks.systems.proxy import PLAIN, Proxy
 
 CONFIG = f"""\
 global
   nbthread 1
-  maxconn 8000
+  maxconn 9500
 defaults
   mode http
   timeout connect 5s
@@ -49,15 +50,35 @@ class Haproxy(Proxy):
         "HAProxy keeps as a prefix tree. Bulk in TCP mode."
     )
 
-    def config(self, rules: int = 0, policy: bool = True) -> str:
+    def __init__(self) -> None:
+        super().__init__()
+        self._replaced: subprocess.Popen[str] | None = None
+
+    def config(self, rules: int = 0, policy: bool = True, extra: bool = False) -> str:
         if policy:
             return CONFIG
         return "".join(line for line in CONFIG.splitlines(True) if "http-request deny" not in line)
 
-    def write(self, folder: Path, config: str, rules: int) -> None:
-        super().write(folder, config, rules)
-        paths = (PREFIX_ALLOWED, *map(rule_path, range(rules)))
+    def write(self, folder: Path, config: str, rules: int, extra: bool) -> None:
+        super().write(folder, config, rules, extra)
+        paths = (PREFIX_ALLOWED, *more_paths(rules, extra))
         (folder / "paths").write_text("".join(f"{path}\n" for path in paths))
 
     def command(self, folder: Path) -> tuple[str, ...]:
         return ("haproxy", "-db", "-q", "-f", str(folder / "config"))
+
+    def reload(self, place: Place, folder: Path) -> None:
+        """A second process takes the sockets over and tells the first to finish (-sf)."""
+        self._forget_replaced(place)
+        self._replaced = self._process
+        assert self._replaced is not None
+        self._process = place.start(self.name, *self.command(folder), "-sf", str(self._replaced.pid))
+
+    def stop(self, place: Place) -> None:
+        super().stop(place)
+        self._forget_replaced(place)
+
+    def _forget_replaced(self, place: Place) -> None:
+        if self._replaced is not None:
+            place.end(self._replaced)
+            self._replaced = None

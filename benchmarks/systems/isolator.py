@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 
-from benchmarks.place import BULK, HTTP, UPLOAD, Place, Route, wait_answer
-from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, rule_path
+from benchmarks.place import BULK, HOLD, HTTP, UPLOAD, Place, Route, wait_answer
+from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, more_paths, rule_path
 from benchmarks.systems.base import Kind
 from isolator import __version__
-from isolator.lab import API, wait_for
+from isolator.lab import API, PREFIX, wait_for
 
 POLICY = """\
 kind: Policy
@@ -20,7 +20,7 @@ spec:
   ingress:
     - name: read
       from: [{{select: {{app: bookstore}}}}]
-      ports: [{{port: {http}, protocol: tcp}}]
+      ports: [{pages}]
       http:
         - {{methods: [{methods}], path: {prefix}**}}
 {rules}    - name: upload
@@ -32,6 +32,14 @@ spec:
       from: [{{select: {{app: bookstore}}}}]
       ports: [{{port: {bulk}, protocol: tcp}}]
 """
+
+
+NEWCOMER = "newcomer"
+"""An endpoint that the configuration knows and that is not there yet: until it is, an agent is not ready."""
+
+NEWCOMER_LINE = (
+    f"  - {{name: {NEWCOMER}, netns: {PREFIX}-{NEWCOMER}, interface: eth0, labels: {{app: bookstore}}}}\n"
+)
 
 
 class Isolator:
@@ -51,19 +59,18 @@ class Isolator:
     def version(self) -> str:
         return __version__
 
-    def config(self, rules: int = 0, policy: bool = True) -> str:
+    def config(self, rules: int = 0, policy: bool = True, extra: bool = False) -> str:
         methods = ", ".join(METHODS)
         return POLICY.format(
             mode="protect" if policy else "monitor",
-            http=HTTP,
+            pages=", ".join(f"{{port: {port}, protocol: tcp}}" for port in (HTTP, *HOLD)),
             upload=UPLOAD,
             bulk=BULK,
             methods=methods,
             prefix=PREFIX_ALLOWED,
             upload_path=UPLOAD_PATH,
             rules="".join(
-                f"        - {{methods: [{methods}], path: {rule_path(number)}**}}\n"
-                for number in range(rules)
+                f"        - {{methods: [{methods}], path: {path}**}}\n" for path in more_paths(rules, extra)
             ),
         )
 
@@ -74,18 +81,24 @@ class Isolator:
         self._pid = place.lab.agent.pid
         route = Route("web", API, "api")
         wait_answer(place, route)
+        with (place.lab.root / "isolator.yaml").open("a") as file:
+            file.write(NEWCOMER_LINE)
         return route
 
     def apply(self, place: Place, rules: int) -> None:
-        draft = place.lab.root / "draft"
-        draft.write_text(self.config(rules))
-        draft.replace(place.lab.root / "policies" / "api.yaml")
+        self.edit(place, rules, False)
         path, expected = (rule_path(rules - 1), "404") if rules else (rule_path(0), "403")
         wait_for(
             lambda: place.lab.curl("web", f"http://{API}{path}") == expected,
             f"the policy with {rules} more rules is not taken up",
             120,
         )
+
+    def edit(self, place: Place, rules: int, extra: bool) -> None:
+        """The file is replaced; the agent looks for that once a second."""
+        draft = place.lab.root / "draft"
+        draft.write_text(self.config(rules, extra=extra))
+        draft.replace(place.lab.root / "policies" / "api.yaml")
 
     def stop(self, place: Place) -> None:
         place.lab.stop_agent(signal.SIGTERM)

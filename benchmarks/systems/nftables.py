@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.place import BULK, HTTP, UPLOAD
-from benchmarks.policy import rule_source
+from benchmarks.policy import allowed_ports, rule_source
 from benchmarks.systems.filter import Filter
 
 CONFIG = """\
@@ -13,7 +12,7 @@ table inet race {{
   chain forward {{
     type filter hook forward priority 0; policy {policy};
     ct state established,related accept
-{rules}    tcp dport {{ {http}, {upload}, {bulk} }} accept
+{rules}    tcp dport {{ {ports} }} accept
 {last}  }}
 }}
 """
@@ -27,15 +26,13 @@ class Nftables(Filter):
         "as iptables has them (one set of addresses and ports would be flat). conntrack's TIME_WAIT is 5 s."
     )
 
-    def config(self, rules: int = 0, policy: bool = True) -> str:
+    def config(self, rules: int = 0, policy: bool = True, extra: bool = False) -> str:
         return CONFIG.format(
             policy="drop" if policy else "accept",
             rules="".join(
                 f"    ip saddr {address} tcp dport {port} accept\n"
                 for address, port in map(rule_source, range(rules))
             ),
-            http=HTTP,
-            upload=UPLOAD,
-            bulk=BULK,
+            ports=", ".join(map(str, allowed_ports(extra))),
             last="    meta l4proto tcp reject with tcp reset\n" if policy else "",
         )

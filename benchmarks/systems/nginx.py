@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.place import BULK, HTTP, UPLOAD
-from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, rule_path
+from benchmarks.place import BULK, HTTP, UPLOAD, Place
+from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, more_paths
 from benchmarks.systems.base import absent
 from benchmarks.systems.proxy import PLAIN, Proxy
 
@@ -48,13 +48,16 @@ class Nginx(Proxy):
             "" if Path(STREAM).exists() else "not installed: nginx's stream module"
         )
 
-    def config(self, rules: int = 0, policy: bool = True) -> str:
+    def config(self, rules: int = 0, policy: bool = True, extra: bool = False) -> str:
         methods = " ".join(METHODS)
         only = f"limit_except {methods} {{ deny all; }} " if policy else ""
         locations = [f"    location / {{ {'return 403;' if policy else 'proxy_pass http://pages;'} }}"]
-        for path in (PREFIX_ALLOWED, *map(rule_path, range(rules))):
+        for path in (PREFIX_ALLOWED, *more_paths(rules, extra)):
             locations.append(f"    location {path} {{ {only}proxy_pass http://pages; }}")
         return CONFIG.replace("LOCATIONS", "\n".join(locations))
 
     def command(self, folder: Path) -> tuple[str, ...]:
         return ("nginx", "-c", str(folder / "config"))
+
+    def reload(self, place: Place, folder: Path) -> None:
+        place.lab.inside(self.name, *self.command(folder), "-s", "reload")

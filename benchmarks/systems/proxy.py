@@ -16,7 +16,7 @@ PLAIN = "PLAIN"
 
 
 class Proxy:
-    """Subclasses say `name`, `commands`, `asks_version`, `set_up`, `config` and `command`."""
+    """Subclasses say `name`, `commands`, `asks_version`, `set_up`, `config`, `command` and `reload`."""
 
     name: str
     kind = Kind.PROXY
@@ -35,11 +35,15 @@ class Proxy:
     def version(self) -> str:
         return told_version(found(self.commands[0]), *self.asks_version)
 
-    def config(self, rules: int = 0, policy: bool = True) -> str:
+    def config(self, rules: int = 0, policy: bool = True, extra: bool = False) -> str:
         raise NotImplementedError
 
     def command(self, folder: Path) -> tuple[str, ...]:
         """What runs it on `folder`/config."""
+        raise NotImplementedError
+
+    def reload(self, place: Place, folder: Path) -> None:
+        """Has what was written taken up while it runs."""
         raise NotImplementedError
 
     def start(self, place: Place, policy: bool = True) -> Route:
@@ -57,15 +61,23 @@ class Proxy:
                 lambda: place.lab.curl("client", url) == "404", f"{self.name}: {rules} rules are not there"
             )
 
-    def _run(self, place: Place, rules: int, policy: bool) -> None:
+    def edit(self, place: Place, rules: int, extra: bool) -> None:
+        self.reload(place, self._written(place, rules, True, extra))
+
+    def _written(self, place: Place, rules: int, policy: bool, extra: bool = False) -> Path:
         folder = place.lab.root / self.name
         folder.mkdir(exist_ok=True)
-        self.write(folder, self.config(rules, policy).replace(PLAIN, place.container("plain")), rules)
+        config = self.config(rules, policy, extra).replace(PLAIN, place.container("plain"))
+        self.write(folder, config, rules, extra)
+        return folder
+
+    def _run(self, place: Place, rules: int, policy: bool) -> None:
+        folder = self._written(place, rules, policy)
         self._process = place.start(self.name, *self.command(folder))
         assert self._route is not None
         wait_answer(place, self._route)
 
-    def write(self, folder: Path, config: str, rules: int) -> None:
+    def write(self, folder: Path, config: str, rules: int, extra: bool) -> None:
         (folder / "config").write_text(config.replace("FOLDER", str(folder)))
 
     def stop(self, place: Place) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from benchmarks.place import BULK, HTTP, UPLOAD, Place, Route
-from benchmarks.policy import DENIED, METHODS, PREFIX_ALLOWED, UPLOAD_PATH, rule_path
+from benchmarks.place import HTTP, UPLOAD, Place, Route
+from benchmarks.policy import DENIED, METHODS, PREFIX_ALLOWED, UPLOAD_PATH, allowed_ports, rule_path
 from benchmarks.systems.base import Kind, absent, told_version
 from isolator.lab import wait_for
 
@@ -71,8 +71,9 @@ class Suricata:
     def signatures(self, rules: int = 0, policy: bool = True) -> list[str]:
         if not policy:
             return []
+        ports = f"[{','.join(map(str, allowed_ports(extra=False)))}]"
         said = [
-            f'drop tcp any any -> any ![{HTTP},{UPLOAD},{BULK}] (flags:S; msg:"port";',
+            f'drop tcp any any -> any !{ports} (flags:S; msg:"port";',
             f'drop http any any -> any {HTTP} (http.uri; content:!"{PREFIX_ALLOWED}"; depth:{len(PREFIX_ALLOWED)};',
             f"drop http any any -> any {HTTP} (http.method; "
             + " ".join(f'content:!"{method}";' for method in METHODS),

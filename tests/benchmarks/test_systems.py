@@ -47,7 +47,7 @@ def test_isolator(tmp_path: Path) -> None:
 
 def test_haproxy(tmp_path: Path) -> None:
     system = Haproxy()
-    system.write(tmp_path, system.config(2), 2)
+    system.write(tmp_path, system.config(2), 2, False)
     assert (tmp_path / "paths").read_text().split() == ["/api/v1/", "/rules/0/", "/rules/1/"]
     assert f"-f {tmp_path}/paths" in (tmp_path / "config").read_text()
     assert system.config().count("http-request deny unless") == 2
