@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run, list, compare, plot; quick and life. Exit codes: 0 done, 1 the answer is no, 2 usage."""
+"""`python -m benchmarks`: run, list, compare, plot; quick, life, model. Exits: 0 done, 1 the answer is no, 2 usage."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -16,6 +17,7 @@ import typer
 from benchmarks import compare as comparing
 from benchmarks import record as records
 from benchmarks import report
+from benchmarks.estimate import minutes
 from benchmarks.place import Place, Route, place
 from benchmarks.record import Record, RecordError
 from benchmarks.runner import Race, in_order
@@ -82,6 +84,8 @@ def run(
     def tell(line: str) -> None:
         typer.echo(f"{time.monotonic() - began:6.1f} s  {line}", err=True)
 
+    present = [system for system in run_systems if not system.missing()]
+    tell(f"{mode.name}: {minutes(run_suites, present, mode):.0f} minutes or so")
     interrupted = go(record, run_systems, run_suites, mode, file, broken, tell)
     print_record(record)
     for path in [file, *(report.write(record, folder) if report_ else [])]:
@@ -226,3 +230,24 @@ def life(as_json: Json = False) -> None:
     else:
         print_life(told)
     raise typer.Exit(int(not all(map(met, told))))
+
+
+@app.command()
+def model(
+    containers: int = 500,
+    rules: Annotated[int, typer.Option(help="HTTP rules of each container.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """What a request, a flow, a rule and an endpoint cost, and what a node carries by that (docs/scaling.md)."""
+    from benchmarks import model as models
+
+    each = models.measured()
+    node = models.carried(each, containers, rules)
+    if as_json:
+        typer.echo(json.dumps({"constants": asdict(each), "node": asdict(node)}, indent=1))
+        return
+    for what, value, unit in models.table(each):
+        typer.echo(f"{what:<72} {value:>10} {unit}")
+    typer.echo(f"a node with {containers} containers of {rules} rules carries")
+    for name, value in asdict(node).items():
+        typer.echo(f"{name.replace('_', ' '):<72} {value:>10,.0f}")

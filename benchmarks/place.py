@@ -103,6 +103,7 @@ class Place:
         try:
             yield
         finally:
+            self.ip("host", f"link del v{name}")
             run("ip", "netns", "del", f"{PREFIX}-{name}")
 
     def server(self, name: str) -> str:

@@ -11,8 +11,8 @@ from benchmarks.suites.base import ForAll, Mode, Point, Run
 CONNECTIONS = 16
 
 
-def connects(run: Run) -> float:
-    return wrk(run.place, run.route, PAGE, CONNECTIONS, run.mode.seconds, ("Connection: close",)).rate
+def connects(run: Run, seconds: int) -> float:
+    return wrk(run.place, run.route, PAGE, CONNECTIONS, seconds, ("Connection: close",)).rate
 
 
 class Connect(ForAll):
@@ -20,4 +20,7 @@ class Connect(ForAll):
     about = f"New connections a second, one request on each, {CONNECTIONS} at a time."
 
     def points(self, mode: Mode) -> Sequence[Point]:
-        return [Point({"new connections": "1/s"}, lambda run: {"new connections": connects(run)})]
+        def measure(run: Run) -> dict[str, float]:
+            return {"new connections": connects(run, run.mode.seconds)}
+
+        return [Point({"new connections": "1/s"}, measure)]

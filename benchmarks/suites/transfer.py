@@ -8,6 +8,7 @@ from benchmarks.load import download, upload
 from benchmarks.suites.base import ForAll, Mode, Point, Run
 
 POSTS = 200
+MB_S = 1_000  # or so: to say how long it takes
 
 
 def up(run: Run) -> dict[str, float]:
@@ -29,7 +30,10 @@ class Upload(ForAll):
     )
 
     def points(self, mode: Mode) -> Sequence[Point]:
-        both = [Point({"upload": "MB/s"}, up), Point({f"{POSTS} posts of 1 MiB": "MB/s"}, posts)]
+        both = [
+            Point({"upload": "MB/s"}, up, takes=mode.megabytes / MB_S),
+            Point({f"{POSTS} posts of 1 MiB": "MB/s"}, posts, takes=POSTS / MB_S),
+        ]
         return both if mode.full else both[:1]
 
 
@@ -38,4 +42,4 @@ class Download(ForAll):
     about = "One GET with a large answer (1 GiB, quick: 256 MiB)."
 
     def points(self, mode: Mode) -> Sequence[Point]:
-        return [Point({"download": "MB/s"}, down)]
+        return [Point({"download": "MB/s"}, down, takes=mode.megabytes / MB_S)]

@@ -62,6 +62,20 @@ def test_the_table_names_who_refused_how_often(recorded: Record) -> None:
     assert ("isolator", "GET /admin/secrets", "403", "403", "4 of 4") in rows
 
 
+def test_where_direct_has_no_figure_values_stand_and_no_ratios() -> None:
+    made = race([Fake("direct"), Fake("isolator"), Fake("haproxy")])
+    values = {"isolator": [7.0, 800.0, 800.0, 800.0], "haproxy": [7.0, 30.0, 30.0, 30.0]}
+    made.run([Figures(values, name="churn", only="direct")])
+    assert report.headline(made.record)[1:] == []
+    assert report.absolute(made.record)[1:] == [("churn", "rate", "higher", "800 1/s", "30 1/s")]
+    before = replace(
+        made.record, rows=[replace(row, unit="ms", value=row.value / 2) for row in made.record.rows]
+    )
+    after = replace(made.record, rows=[replace(row, unit="ms") for row in made.record.rows])
+    assert {each.verdict for each in compare(before, after)} == {"worse"}
+    assert compare(after, after)[0].old == 800
+
+
 def scaled(record: Record, by: float, **changed: object) -> Record:
     rows = [
         replace(row, ratio_to_direct=(row.ratio_to_direct or 0) * by, **changed)  # type: ignore[arg-type]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.load import BoundedError
 from benchmarks.record import Record
+from benchmarks.suites.base import Point
 from tests.benchmarks.world import Fake, Figures, race
 
 DIRECT = {"direct": [1.0, 100.0, 110.0, 90.0]}  # the first is the warm-up
@@ -85,6 +87,25 @@ def test_who_is_missing_or_left_out_is_said_so() -> None:
     assert [(s.name, s.missing) for s in made.record.systems if s.missing] == [("a", "not installed: a")]
     assert made.record.left_out == [{"suite": "http", "system": "b", "why": "not its race"}]
     assert {row.system for row in made.record.rows} == {"direct"}
+
+
+def test_a_bound_is_left_out_and_no_failure() -> None:
+    made = race([Fake("direct"), Fake("a")])
+    made.run([Figures({**DIRECT, "a": [1.0, BoundedError("8,192 of 100,000")]})])
+    assert made.record.left_out == [{"suite": "http", "system": "a", "why": "rate: 8,192 of 100,000"}]
+    assert ({row.system for row in made.record.rows}, made.record.failed()) == ({"direct"}, [])
+
+
+def test_a_point_may_leave_a_system_out_and_have_rounds_of_its_own() -> None:
+    made = race([Fake("direct"), Fake("a")])
+    suite = Figures({"direct": [5.0]})
+    point = Point(
+        {"rate": "1/s"}, suite.measure, rounds=1, not_for=lambda system: "no" * (system.name == "a")
+    )
+    suite.points = lambda mode: [point]  # type: ignore[method-assign]
+    made.run([suite])
+    assert made.record.left_out == [{"suite": "http", "system": "a", "why": "rate: no"}]
+    assert [(row.system, row.value, row.rounds) for row in made.record.rows] == [("direct", 5.0, 1)]
 
 
 def test_what_is_there_is_not_run_again() -> None:

@@ -67,6 +67,8 @@ class Figures:
     def measure(self, run: Run) -> dict[str, float]:
         self.asked.append(run.system.name)
         value = self.values[run.system.name][self.asked.count(run.system.name) - 1]
+        if isinstance(value, Exception):
+            raise value
         if isinstance(value, str):
             raise RuntimeError(value)
         return {"rate": value}
