@@ -7,6 +7,7 @@ own work is in none of the figures.
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ from pathlib import Path
 from benchmarks.load import process_seconds, wrk
 from benchmarks.place import HTTP, PAGE, Place, Route, place, resident
 from benchmarks.suites import FULL, Run
-from benchmarks.suites.flows import held
+from benchmarks.suites.flows import FORGOTTEN_AFTER, held
 from benchmarks.systems.isolator import Isolator
 from isolator.control.config import load
 from isolator.datapath.bpf import FLOWS7_QUOTA
@@ -23,6 +24,7 @@ from isolator.datapath.node import LINGER_NS
 from isolator.lab import PREFIX, wait_for
 
 FLOWS, ENDPOINTS, RULES = 4_000, 20, 1_000
+REQUESTS, CONNECTS = 9, 3  # rounds of a second; the median counts
 FLOWS7_MAX = 65_536  # bpf/isolator.h
 AGE_EVERY = 5  # s, isolator.daemon: so often ended flows are looked for
 
@@ -82,9 +84,8 @@ def constants(made: Place, system: Isolator, route: Route) -> Constants:
         before = memory(pid)
         with held(Run(made, system, route, FULL), FLOWS, (HTTP,)):
             flows = difference(memory(pid), before)
-    time.sleep(LINGER_NS / 1e9 + 2 * AGE_EVERY)
-    request = cpu_us(pid, made, route, 32, 3, ())
-    new = cpu_us(pid, made, route, 16, 1, ("Connection: close",))
+    request = statistics.median(cpu_us(pid, made, route, 32) for _ in range(REQUESTS))
+    new = statistics.median(new_us(pid, made, route) for _ in range(CONNECTS))
     return Constants(
         agent, maps, request, new - request,
         flows[0] / FLOWS, flows[1] / FLOWS,
@@ -129,12 +130,17 @@ def memlocks(infos: list[str]) -> dict[str, int]:
     return told
 
 
-def cpu_us(
-    pid: int, made: Place, route: Route, connections: int, seconds: int, headers: tuple[str, ...]
-) -> float:
+def cpu_us(pid: int, made: Place, route: Route, connections: int, *headers: str) -> float:
+    """For each request of one second's."""
     before = process_seconds(pid)
-    told = wrk(made, route, PAGE, connections, seconds, headers)
+    told = wrk(made, route, PAGE, connections, 1, headers)
     return (process_seconds(pid) - before) / told.requests * 1e6
+
+
+def new_us(pid: int, made: Place, route: Route) -> float:
+    """With a connection for each, after the table has forgotten the last ones."""
+    time.sleep(FORGOTTEN_AFTER)
+    return cpu_us(pid, made, route, 16, "Connection: close")
 
 
 def rule_us(made: Place, system: Isolator) -> float:

@@ -22,9 +22,7 @@ MANY = 100_000
 """More than one process can hold: held by several, on ports behind which stand several."""
 
 ROUNDS = 3
-FORGOTTEN_AFTER = (
-    20  # s after which nobody remembers what was let in up to a bound, so that the next point has room
-)
+FORGOTTEN_AFTER = 20  # s after which nobody here remembers a connection that has ended (Isolator: 15)
 SHARE = 16_000  # connections of one holder
 
 HOLDER = """\
@@ -95,7 +93,15 @@ def few(count: int) -> Point:
         with held(run, count, (HTTP,)):
             return {metric(count): rate(run)}
 
-    return Point({metric(count): "1/s"}, measure, rounds=ROUNDS, takes=2 + count / 8_000)
+    def twice(run: Run) -> dict[str, float]:
+        """A table may still be full of connections that have ended."""
+        try:
+            return measure(run)
+        except BoundedError:
+            time.sleep(FORGOTTEN_AFTER)
+            return measure(run)
+
+    return Point({metric(count): "1/s"}, twice, rounds=ROUNDS, takes=2 + count / 8_000)
 
 
 def many(count: int) -> Point:
@@ -117,7 +123,10 @@ def not_many(system: System) -> str:
 
 class Flows(ForAll):
     name = "flows"
-    about = f"Requests a second on 32 connections while others are open and idle. {MANY:,}: one round."
+    about = (
+        f"Requests a second on 32 connections while others are open and idle. {MANY:,}: one round. A system that "
+        f"refuses up to {max(COUNTS):,} is asked once more after {FORGOTTEN_AFTER} s."
+    )
 
     def points(self, mode: Mode) -> Sequence[Point]:
         return [many(MANY), *map(few, COUNTS)] if mode.full else []
