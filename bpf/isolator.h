@@ -10,7 +10,7 @@
 #ifndef ISOLATOR_H
 #define ISOLATOR_H
 
-#define ISOLATOR_LAYOUT 3 /* raise it with every change of a map's key or value */
+#define ISOLATOR_LAYOUT 4 /* raise it with every change of a map's key or value */
 
 /* Bounds; each has a drop reason for when it is reached. */
 #define PORTS_MAX 8192
@@ -26,6 +26,10 @@
 #define WINDOWS_MAX 4         /* pass windows kept per direction (R8) */
 #define WINDOW_BYTES_MAX (1u << 30)
 #define REASONS_MAX 64
+#define STATES_MAX 65536      /* of automata, in two halves: a policy's generations never mix */
+#define TABLES_MAX 16384      /* likewise */
+#define OUTCOMES_MAX 32768    /* likewise */
+#define REQUESTS_MAX 65536    /* rules that accept requests, likewise */
 
 /* Direction of a packet, seen from the endpoint: ingress goes to the container. */
 enum direction { INGRESS = 0, EGRESS = 1 };
@@ -148,7 +152,7 @@ struct policy_value {
 	__u8 pad;
 	__u32 profile; /* of VERDICT_INSPECT */
 	__u32 rule;
-	__u32 pad2;
+	__u32 automaton; /* of the profile: the state in which it begins; 0: none, Python reads every head */
 	__u64 hits; /* flows it has decided */
 };
 
@@ -201,6 +205,7 @@ enum owner { OWNER_KERNEL = 0, OWNER_BUSY = 1, OWNER_PYTHON = 2, OWNER_CLOSED = 
 #define MODE_OPAQUE 6 /* nothing that follows is read */
 #define HALF_FIN 1
 #define HALF_RST 2
+#define HALF_ALONE 4 /* the record is one head, accepted here; its answer begins at the other half's record_seq */
 struct half {
 	__u64 word;
 	__u64 remaining; /* the dissector's state at `next`: bytes of body or chunk still to come after `next` */
@@ -234,6 +239,8 @@ struct flow7 {
 	__u8 flags;        /* FLOW_… */
 	__u8 reason;
 	__u32 start;       /* the client's first sequence number in this incarnation */
+	__u32 automaton;   /* the profile's, see policy_value */
+	__u32 pad;
 	struct half half[2]; /* by direction */
 };
 
@@ -243,12 +250,14 @@ enum flow7_op {
 	FLOW7_OWN = 2,    /* set one half's owner */
 	FLOW7_DELETE = 3, /* forget the flow and give its place back */
 	FLOW7_OPEN = 4,   /* open one half's gate */
+	FLOW7_TAKE = 5,   /* the half is Python's from now on, wherever it stands */
 };
 #define COMMIT_RECORD 1 /* record[record_seq, +record_len) replaces the half's record, if it is in use no more */
 #define COMMIT_WINDOW 2 /* window is added */
 #define COMMIT_MARK 4   /* the answer begins where the other half stands now */
 #define COMMIT_FIN 8    /* the half ends at next */
 #define COMMIT_GATE 16  /* the half's gate is shut */
+#define COMMIT_LEND 32  /* the kernel may decide what follows (R7) */
 enum flow7_result { FLOW7_OK = 0, FLOW7_GONE = 1, FLOW7_STALE = 2 /* incarnation, owner or next not as expected */ };
 struct flow7_command {
 	struct flow_key key;
@@ -271,7 +280,56 @@ struct flow7_command {
 	__u32 acked;      /* of this half */
 	__u32 other_next; /* the other half's next */
 	__u32 other_record_len;
+	__u32 half_next;
+	__u32 half_owner;
 	__u8 record[RECORD_MAX + 4];
+};
+
+/* Automata (isolator/core/automaton/states.py): what a state does with the bytes at hand. Numbers in states count
+ * over all automata; 0 is STATE_REJECT. */
+#define STEPS_MAX 512 /* states that one head may pass */
+#define STRIDE 16     /* bytes that one step reads at the most */
+#define EDGES_MAX 4
+#define LINES_MAX 100
+#define ALTERNATIVES_MAX 4
+#define TABLE_OTHER 0xffff /* no edge for this byte */
+enum state_kind {
+	STATE_REJECT = 0, /* Python reads it */
+	STATE_WORD = 1,   /* `count` bytes | fold are `word`: next, behind them; else other, nothing is read */
+	STATE_BRANCH = 2, /* the byte is one of bytes[count]: edges[]; else other, nothing is read */
+	STATE_TABLE = 3,  /* likewise, by a table */
+	STATE_SKIP = 4,   /* reads on while bytes are in the set, then next */
+	STATE_ONE = 5,    /* one byte in the set, then next */
+	STATE_VALUE = 6,  /* the rest of a header line and its CRLF, then next */
+	STATE_EFFECT = 7, /* sets bits, rejects if any of `unless` is set; counts header lines; reads nothing */
+	STATE_ACCEPT = 8, /* at the last byte, with all bits of `sets` set */
+};
+struct state {
+	__u8 kind;
+	__u8 count; /* of bytes or edges; EFFECT: header lines */
+	__u16 next;
+	__u16 other;
+	__u16 table;
+	__u32 outcome; /* the register's new value; 0: as it is */
+	__u8 bytes[EDGES_MAX];
+	union {
+		struct {
+			__u64 word, fold;
+		};
+		__u64 set[2]; /* bit b of set[a]: byte 64 a + b */
+		struct {
+			__u32 sets, unless;
+		};
+		__u16 edges[EDGES_MAX];
+	};
+};
+struct table {
+	__u16 next[128];
+};
+/* What is left to decide by header conditions: the first alternative whose bits are all set. Rule 0: Python's. */
+struct outcome {
+	__u32 need[ALTERNATIVES_MAX];
+	__u32 rule[ALTERNATIVES_MAX]; /* index into `requests` */
 };
 
 /* endpoints: an endpoint's quota of inspected flows */
@@ -281,7 +339,7 @@ struct endpoint {
 };
 
 /* events: ring buffer */
-enum event_type { EVENT_FLOW = 1, EVENT_DROP = 2 };
+enum event_type { EVENT_FLOW = 1, EVENT_DROP = 2, EVENT_REQUEST = 3 };
 struct event {
 	__u64 time; /* CLOCK_MONOTONIC, ns */
 	struct flow_key key;
@@ -295,6 +353,18 @@ struct event {
 	__u8 direction;
 	__u8 flags; /* FLOW_… */
 	__u8 pad[3];
+};
+
+/* A request that was accepted here, one each REQUEST_INTERVAL_NS and CPU; `rule` is its index into `requests`. */
+#define REQUEST_HEAD 256
+#define REQUEST_INTERVAL_NS 10000000ull
+struct request_event {
+	struct event event;
+	__u32 profile;
+	__u32 generation;
+	__u32 head_len; /* of the whole head */
+	__u32 pad;
+	__u8 head[REQUEST_HEAD]; /* its beginning */
 };
 
 /* drops: per-CPU array by drop reason */

@@ -26,28 +26,34 @@ static __always_inline void commit_record(struct half *half, struct flow7_comman
 	half->record_len = c->record_len <= RECORD_MAX ? c->record_len : 0;
 }
 
-/* R8: what is acknowledged needs no window any more; 4 GiB later it would match other bytes. */
-static __always_inline void retire_windows(struct half *half)
+/* Nobody else changes the half until it is settled; punts may count up. */
+static __always_inline int make_busy(struct half *half, __u64 *word)
 {
 	int i;
 
-#pragma unroll
-	for (i = 0; i < WINDOWS_MAX; i++)
-		if (!after(WINDOW_TO(half->windows[i]), half->acked))
-			WRITE_ONCE(half->windows[i], 0);
+	for (i = 0; i < 64; i++) {
+		if (WORD_NEXT(half->word) != WORD_NEXT(*word) || WORD_OWNER(half->word) != OWNER_PYTHON)
+			return 0;
+		if (__sync_val_compare_and_swap(&half->word, *word, *word - WORD(0, OWNER_PYTHON - OWNER_BUSY, 0)) == *word)
+			return 1;
+		*word = half->word;
+	}
+	return 0;
 }
 
 /* With next where it was this only asks whether the flow is still the one that Python knows. */
 static __always_inline __u32 commit(struct half *half, struct half *other, struct flow7_command *c)
 {
-	__u64 word;
-	int i;
+	__u64 word = half->word;
 
-	if (WORD_NEXT(half->word) != c->expect_next || WORD_OWNER(half->word) != OWNER_PYTHON)
+	if (WORD_NEXT(word) != c->expect_next || WORD_OWNER(word) != OWNER_PYTHON)
 		return FLOW7_STALE;
 	if (after(c->expect_next, c->next) || after(half->acked, c->next))
 		return FLOW7_STALE; /* backwards, or so far that old numbers would seem new */
+	if (!make_busy(half, &word))
+		return FLOW7_STALE;
 	if (c->next != c->expect_next) {
+		half->flags &= ~HALF_ALONE;
 		retire_windows(half);
 		if (c->flags & COMMIT_RECORD)
 			commit_record(half, c);
@@ -68,16 +74,12 @@ static __always_inline __u32 commit(struct half *half, struct half *other, struc
 	}
 	half->mode = c->mode;
 	half->remaining = c->remaining;
-	for (i = 0; i < 64; i++) { /* punts may count up meanwhile */
-		word = half->word;
-		if (WORD_NEXT(word) != c->expect_next || WORD_OWNER(word) != OWNER_PYTHON)
-			break; /* another connection meanwhile: nothing of this one is left to it */
-		if (__sync_val_compare_and_swap(&half->word, word, (word & ~0xffffffffull) | c->next) == word) {
-			if (c->flags & COMMIT_FIN)
-				half->flags |= HALF_FIN;
-			return FLOW7_OK;
-		}
-	}
+	if (c->flags & COMMIT_FIN)
+		half->flags |= HALF_FIN;
+	if (settle(half, word, c->next, c->flags & COMMIT_LEND ? OWNER_KERNEL : OWNER_PYTHON))
+		return FLOW7_OK;
+	/* another connection meanwhile: nothing of this one is left to it */
+	half->flags &= ~HALF_FIN;
 	WRITE_ONCE(half->record_len, 0);
 	__builtin_memset(half->windows, 0, sizeof(half->windows));
 	return FLOW7_STALE;
@@ -91,6 +93,24 @@ static __always_inline __u32 set_owner(struct half *half, __u8 owner)
 	for (i = 0; i < 64; i++) {
 		word = half->word;
 		if (__sync_val_compare_and_swap(&half->word, word, (word & ~(3ull << 32)) | (__u64)(owner & 3) << 32) == word)
+			return FLOW7_OK;
+	}
+	return FLOW7_STALE;
+}
+
+/* From the kernel to Python, unless it has it already. One that is just accepting is waited for. */
+static __always_inline __u32 take(struct half *half)
+{
+	__u64 word;
+	int i;
+
+	for (i = 0; i < 512; i++) {
+		word = half->word;
+		if (WORD_OWNER(word) == OWNER_BUSY)
+			continue;
+		if (WORD_OWNER(word) != OWNER_KERNEL)
+			return FLOW7_OK;
+		if (__sync_val_compare_and_swap(&half->word, word, word + WORD(0, OWNER_PYTHON, 0)) == word)
 			return FLOW7_OK;
 	}
 	return FLOW7_STALE;
@@ -128,9 +148,13 @@ int isolator_flow7(struct flow7_command *c)
 		c->result = set_owner(half, c->owner);
 	else if (c->op == FLOW7_OPEN)
 		c->result = half->gate = FLOW7_OK; /* 0 */
+	else if (c->op == FLOW7_TAKE)
+		c->result = take(half);
 	c->acked = half->acked;
 	c->other_next = WORD_NEXT(other->word);
 	c->other_record_len = other->record_len;
+	c->half_next = WORD_NEXT(half->word);
+	c->half_owner = WORD_OWNER(half->word);
 	if (c->op == FLOW7_DELETE && f->incarnation == c->incarnation)
 		c->result = forget(&key);
 	return 0;

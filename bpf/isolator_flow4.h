@@ -13,6 +13,7 @@
 
 struct decision {
 	__u32 profile;
+	__u32 automaton;
 	__u32 rule;
 	__u32 identity;
 	__u8 verdict;
@@ -65,7 +66,7 @@ static __noinline __attribute__((unused)) int decide(const struct flow_key *flow
 		d->verdict = VERDICT_DROP;
 		d->reason = REASON_NO_POLICY;
 		d->flags = 0;
-		d->rule = d->profile = 0;
+		d->rule = d->profile = d->automaton = 0;
 		return 0;
 	}
 	__sync_fetch_and_add(&value->hits, 1);
@@ -74,6 +75,7 @@ static __noinline __attribute__((unused)) int decide(const struct flow_key *flow
 	d->flags = value->flags;
 	d->rule = value->rule;
 	d->profile = value->profile;
+	d->automaton = value->automaton;
 	if (d->verdict == VERDICT_INSPECT && flow->protocol != IPPROTO_TCP) { /* http rules allow TCP alone */
 		d->verdict = VERDICT_DROP;
 		d->reason = REASON_POLICY_DEFAULT;

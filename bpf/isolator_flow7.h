@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
 /*
- * Inspected flows: the kernel's part of the ten rules (docs/architecture.md). Python owns the boundary of
- * the client's half; the kernel passes what is proven (acknowledged, equal to the record, inside a pass
- * window), follows acknowledgements, and hands everything else up.
+ * Inspected flows: the kernel's part of the ten rules (docs/architecture.md). It accepts what the profile's automaton
+ * accepts, passes what is proven (acknowledged, equal to the record, inside a pass window), follows
+ * acknowledgements, and hands everything else up: from then on the boundary is Python's, until Python lends it back.
  *
  * Functions stand in the order in which a packet meets them; each returns a `step`.
  */
@@ -11,6 +11,7 @@
 
 #include "isolator_maps.h"
 #include "isolator_packet.h"
+#include "isolator_automaton.h"
 
 /* What becomes of a packet: 0 forward · STEP_CUT forward without payload · STEP_DROP | reason · STEP_PUNT | reason */
 #define STEP_FORWARD 0
@@ -49,7 +50,7 @@ static __always_inline void incarnate(struct flow7 *f, struct half *client, stru
 	server->record_len = 0;
 	f->flags &= ~FLOW_PASSED_OPEN;
 	__sync_lock_test_and_set(&server->word, WORD(p->seq + 1, OWNER_KERNEL, 0));
-	__sync_lock_test_and_set(&client->word, WORD(p->ack, OWNER_PYTHON, 0));
+	__sync_lock_test_and_set(&client->word, WORD(p->ack, f->automaton ? OWNER_KERNEL : OWNER_PYTHON, 0));
 	f->start = p->ack;
 	f->incarnation++;
 	f->state = FLOW7_LIVE;
@@ -202,6 +203,26 @@ static __always_inline int is_held(const struct half *client)
 	return client->record_len && client->record_seq == WORD_NEXT(client->word);
 }
 
+/* What is punted is Python's to decide, and so is what follows. A CPU that is just accepting sees the punt, and hands
+ * over itself (settle). */
+__noinline int hand_over(struct half *client)
+{
+	__u64 word, then;
+	int i;
+
+	if (!client)
+		return 0;
+	for (i = 0; i < 64; i++) {
+		word = client->word;
+		then = word + WORD(0, 0, 1);
+		if (WORD_OWNER(word) == OWNER_KERNEL)
+			then += WORD(0, OWNER_PYTHON, 0);
+		if (__sync_val_compare_and_swap(&client->word, word, then) == word)
+			return 1;
+	}
+	return 0;
+}
+
 /* Something that only Python can decide. */
 static __always_inline int needs_python(struct flow7 *f, struct half *client, int reason)
 {
@@ -211,13 +232,139 @@ static __always_inline int needs_python(struct flow7 *f, struct half *client, in
 		f->flags |= FLOW_PASSED_OPEN;
 		return STEP_FORWARD;
 	}
-	__sync_fetch_and_add(&client->word, WORD(0, 0, 1));
+	if (!hand_over(client))
+		return STEP_DROP | REASON_INTERNAL;
 	return STEP_PUNT | reason;
+}
+
+/* R8: what is acknowledged needs no window any more; 4 GiB later it would match other bytes. */
+static __always_inline void retire_windows(struct half *half)
+{
+	int i;
+
+#pragma unroll
+	for (i = 0; i < WINDOWS_MAX; i++)
+		if (!after(WINDOW_TO(half->windows[i]), half->acked))
+			WRITE_ONCE(half->windows[i], 0);
+}
+
+#define CSUM_STEP 512 /* bpf_csum_diff takes no more at once before 6.14 */
+
+/* Whether a segment's TCP checksum is finished and wrong. Unfinished ones (CHECKSUM_PARTIAL, all of GSO) hold the
+ * pseudo header's sum: whoever forges that sends what its receiver refuses, and has cut its own connection off
+ * here alone. What is longer than the scratch is believed. */
+static __noinline int checksum_is_wrong(struct __sk_buff *skb, const struct packet *p)
+{
+	struct payload_copy *copy;
+	__u32 zero = 0, length, i;
+	__u16 check;
+	__s64 sum;
+
+	if (!p)
+		return 0;
+	length = p->payload_at - p->l4 + p->payload;
+	sum = pseudo_sum(p, length);
+	if (bpf_skb_load_bytes(skb, p->l4 + 16, &check, sizeof(check)) || check == sum)
+		return 0;
+	copy = bpf_map_lookup_elem(&payload_scratch, &zero);
+	if (!copy || length < 20 || length > COPY_MAX || bpf_skb_load_bytes(skb, p->l4, copy->bytes, length))
+		return 0;
+	__builtin_memset(copy->bytes + length, 0, 3);
+	length = (length + 3) & ~3u;
+#pragma unroll
+	for (i = 0; i < COPY_MAX; i += CSUM_STEP) {
+		__u32 part = length - i < CSUM_STEP ? length - i : CSUM_STEP;
+
+		if (i >= length)
+			break;
+		sum = bpf_csum_diff(0, 0, (__be32 *)(copy->bytes + i), part, sum);
+	}
+	sum = (sum & 0xffff) + ((__u64)sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum != 0xffff;
+}
+
+/* R2, before a byte is looked at: one wire segment at the boundary, everything earlier acknowledged, and a client that
+ * has seen all of the last answer, so that the next one begins where the server stands. */
+static __always_inline int may_accept(struct __sk_buff *skb, struct flow7 *f, struct half *client, struct half *server,
+				      const struct packet *p, __u64 word)
+{
+	return f->automaton && WORD_OWNER(word) == OWNER_KERNEL && WORD_NEXT(word) == p->seq &&
+	       client->acked == p->seq && p->payload <= RECORD_MAX && !skb->gso_size &&
+	       (p->flags & ~TCP_PSH) == TCP_ACK && !(client->flags & (HALF_FIN | HALF_RST)) &&
+	       p->ack == WORD_NEXT(server->word) && (server->record_seq != p->ack || p->seq == f->start);
+}
+
+/* Out of BUSY: to the kernel with `next` where it now stands, or to Python. 0: the flow has become another one. */
+__noinline int settle(struct half *client, __u64 before, __u32 next, int owner)
+{
+	__u64 word;
+	int i;
+
+	if (!client)
+		return 0;
+	for (i = 0; i < 64; i++) {
+		word = client->word;
+		if (WORD_OWNER(word) != OWNER_BUSY || WORD_NEXT(word) != WORD_NEXT(before))
+			return 0;
+		if (WORD_PUNTS(word) != WORD_PUNTS(before)) /* R7: a frame went to Python meanwhile */
+			owner = OWNER_PYTHON;
+		if (__sync_val_compare_and_swap(&client->word, word, WORD(next, owner, WORD_PUNTS(word))) == word)
+			return 1;
+	}
+	return 0;
+}
+
+/* A head that the automaton accepts: the rule, by which it goes on. Else 0, and nothing has changed but that the record,
+ * which nobody needs any more, is empty. */
+__noinline int accept_head(struct __sk_buff *skb, struct flow7 *f, const struct packet *p)
+{
+	struct half *client, *server;
+	struct reader reader = {};
+	__u32 length, rule = 0;
+	__u64 word;
+
+	if (!f || !p)
+		return 0;
+	client = &f->half[f->initiator & 1];
+	server = &f->half[(f->initiator & 1) ^ 1];
+	word = client->word;
+	length = p->payload;
+	reader.state = f->automaton;
+	reader.length = length;
+	if (!may_accept(skb, f, client, server, p, word) || is_held(client) || checksum_is_wrong(skb, p))
+		return 0;
+	if (__sync_val_compare_and_swap(&client->word, word, word + WORD(0, OWNER_BUSY, 0)) != word)
+		return 0;
+	WRITE_ONCE(client->record_len, 0);
+	fence(client);
+	/* a page of sendfile's or splice's may change under way: what is read is made the packet's own */
+	if (length >= 1 && length <= RECORD_MAX && !bpf_skb_pull_data(skb, p->payload_at + length) &&
+	    !bpf_skb_load_bytes(skb, p->payload_at, client->record, length))
+		rule = read_head(client, &reader);
+	if (!rule) {
+		settle(client, word, p->seq, OWNER_KERNEL);
+		return 0;
+	}
+	retire_windows(client);
+	client->mode = 0;
+	client->remaining = 0;
+	WRITE_ONCE(client->record_seq, p->seq);
+	server->record_len = 0;
+	server->record_seq = p->ack;
+	client->flags |= HALF_ALONE;
+	fence(client);
+	WRITE_ONCE(client->record_len, length);
+	if (settle(client, word, p->seq + length, OWNER_KERNEL))
+		return rule;
+	WRITE_ONCE(client->record_len, 0); /* nothing of this connection is left to the new one */
+	return 0;
 }
 
 /* Payload of the inspected half: R4, R5, R6. What lies on both sides of `acked` is Python's to cut. */
 static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f, struct half *client,
-					  const struct packet *p)
+					  struct half *server, const struct packet *p, __u32 *accepted)
 {
 	__u32 next = WORD_NEXT(client->word), acked = client->acked;
 	__u32 end = p->seq + p->payload;
@@ -228,7 +375,8 @@ static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f
 	if (after(end, next)) {
 		if (client->flags & (HALF_FIN | HALF_RST))
 			return STEP_DROP | REASON_TCP_STATE;
-		return needs_python(f, client, PUNT_PAYLOAD);
+		*accepted = accept_head(skb, f, p);
+		return *accepted ? STEP_FORWARD : needs_python(f, client, PUNT_PAYLOAD);
 	}
 	if (after(acked, p->seq))
 		return needs_python(f, client, PUNT_PAYLOAD);
@@ -240,7 +388,8 @@ static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f
 	return needs_python(f, client, equal == 0 ? PUNT_MISMATCH : PUNT_PAYLOAD);
 }
 
-static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, struct half *client, const struct packet *p)
+static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, struct half *client,
+				       struct half *server, const struct packet *p, __u32 *accepted)
 {
 	__u32 next = WORD_NEXT(client->word), end = p->seq + p->payload;
 	int step = STEP_FORWARD;
@@ -259,7 +408,7 @@ static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, s
 		return STEP_FORWARD;
 	}
 	if (p->payload)
-		step = client_payload(skb, f, client, p);
+		step = client_payload(skb, f, client, server, p, accepted);
 	else if ((p->flags & TCP_FIN) && after(p->seq, next))
 		step = needs_python(f, client, PUNT_PAYLOAD);
 	if (step == STEP_FORWARD && (p->flags & TCP_FIN)) {
@@ -271,46 +420,9 @@ static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, s
 	return step;
 }
 
-#define CSUM_STEP 512 /* bpf_csum_diff takes no more at once before 6.14 */
-
-/* Whether a segment's TCP checksum is finished and wrong. Unfinished ones (CHECKSUM_PARTIAL, all of GSO) hold the
- * pseudo header's sum: whoever forges that sends what its receiver refuses, and has cut its own connection off
- * here alone. What is longer than the scratch is believed. */
-static __noinline int checksum_is_wrong(struct __sk_buff *skb, const struct packet *p)
-{
-	struct payload_copy *copy;
-	__u32 zero = 0, length, i;
-	__u16 check;
-	__s64 sum;
-
-	if (!p)
-		return 0;
-	length = p->payload_at - p->l4 + p->payload;
-	copy = bpf_map_lookup_elem(&payload_scratch, &zero);
-	if (!copy || length < 20 || length > COPY_MAX || bpf_skb_load_bytes(skb, p->l4, copy->bytes, length))
-		return 0;
-	check = *(__u16 *)(copy->bytes + 16);
-	sum = pseudo_sum(p, length);
-	if (check == sum)
-		return 0;
-	__builtin_memset(copy->bytes + length, 0, 3);
-	length = (length + 3) & ~3u;
-#pragma unroll
-	for (i = 0; i < COPY_MAX; i += CSUM_STEP) {
-		__u32 part = length - i < CSUM_STEP ? length - i : CSUM_STEP;
-
-		if (i >= length)
-			break;
-		sum = bpf_csum_diff(0, 0, (__be32 *)(copy->bytes + i), part, sum);
-	}
-	sum = (sum & 0xffff) + ((__u64)sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return sum != 0xffff;
-}
-
-/* One packet of an inspected flow. */
-static __always_inline int inspect(struct __sk_buff *skb, struct flow7 *f, const struct packet *p, int direction)
+/* One packet of an inspected flow. `accepted`: the rule of a request that was accepted here. */
+static __always_inline int inspect(struct __sk_buff *skb, struct flow7 *f, const struct packet *p, int direction,
+				   __u32 *accepted)
 {
 	int from = f->initiator == direction;
 	struct half *client = &f->half[f->initiator & 1], *server = &f->half[(f->initiator & 1) ^ 1];
@@ -325,7 +437,7 @@ static __always_inline int inspect(struct __sk_buff *skb, struct flow7 *f, const
 		return p->flags & TCP_RST && !p->payload ? STEP_FORWARD : STEP_DROP | REASON_TCP_STATE;
 	if (p->flags & (TCP_FIN | TCP_RST) && checksum_is_wrong(skb, p)) /* what no receiver believes ends nothing */
 		return STEP_DROP | REASON_BAD_CHECKSUM;
-	return from ? from_client(skb, f, client, p) : from_server(skb, f, client, server, p);
+	return from ? from_client(skb, f, client, server, p, accepted) : from_server(skb, f, client, server, p);
 }
 
 #endif

@@ -28,6 +28,10 @@ MAP(BPF_MAP_TYPE_LRU_HASH, flows4, struct flow_key, struct flow4, FLOWS4_MAX, 0)
 MAP(BPF_MAP_TYPE_HASH, flows7, struct flow_key, struct flow7, FLOWS7_MAX, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_HASH, endpoints, __u32, struct endpoint, ENDPOINTS_MAX, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_PERCPU_ARRAY, drops, __u32, struct drop_counter, REASONS_MAX, 0);
+MAP(BPF_MAP_TYPE_ARRAY, states, __u32, struct state, STATES_MAX, 0);
+MAP(BPF_MAP_TYPE_ARRAY, tables, __u32, struct table, TABLES_MAX, 0);
+MAP(BPF_MAP_TYPE_ARRAY, outcomes, __u32, struct outcome, OUTCOMES_MAX, 0);
+MAP(BPF_MAP_TYPE_PERCPU_ARRAY, requests, __u32, __u64, REQUESTS_MAX, 0);
 MAP(BPF_MAP_TYPE_ARRAY, control, __u32, struct control, 1, BPF_F_MMAPABLE);
 
 struct {

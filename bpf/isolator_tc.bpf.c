@@ -243,10 +243,54 @@ static __noinline int cut_payload(struct __sk_buff *skb, const struct packet *p)
 	return bpf_skb_store_bytes(skb, at + 16, &check, 2, 0);
 }
 
+MAP(BPF_MAP_TYPE_PERCPU_ARRAY, sample_scratch, __u32, __u64, 1, 0);
+
+/* One request that was accepted here: counted for its rule, and told of at a bounded rate. */
+static __noinline int count_request(const struct context *c, const struct flow_key *key, const struct flow7 *f)
+{
+	__u64 now = now_ns(), *last, *count;
+	struct request_event *e;
+	const struct half *half;
+	__u32 zero = 0;
+
+	if (!c || !key || !f)
+		return 0;
+	count = bpf_map_lookup_elem(&requests, &c->rule);
+	if (count)
+		*count += 1;
+	last = bpf_map_lookup_elem(&sample_scratch, &zero);
+	if (!last || now - *last < REQUEST_INTERVAL_NS)
+		return 0;
+	*last = now;
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e)
+		return 0;
+	half = &f->half[f->initiator & 1];
+	__builtin_memset(&e->event, 0, sizeof(e->event));
+	e->event.time = bpf_ktime_get_ns();
+	e->event.key = *key;
+	e->event.rule = c->rule;
+	e->event.identity = c->identity;
+	e->event.ifindex = c->ifindex;
+	e->event.length = c->length;
+	e->event.type = EVENT_REQUEST;
+	e->event.verdict = VERDICT_ALLOW;
+	e->event.direction = c->direction;
+	e->event.flags = c->flags;
+	e->profile = f->profile;
+	e->generation = f->generation;
+	e->head_len = half->record_len;
+	e->pad = 0;
+	__builtin_memcpy(e->head, half->record, REQUEST_HEAD);
+	bpf_ringbuf_submit(e, 0);
+	return 0;
+}
+
 static __always_inline int flow7_step(struct __sk_buff *skb, struct context *c, const struct port *port,
 				      const struct flow_key *key, struct flow7 *f, const struct packet *p)
 {
-	int step = inspect(skb, f, p, c->direction);
+	__u32 accepted = 0;
+	int step = inspect(skb, f, p, c->direction, &accepted);
 
 	__sync_fetch_and_add(&f->packets[c->direction & 1], 1);
 	__sync_fetch_and_add(&f->bytes[c->direction & 1], p->length);
@@ -254,6 +298,10 @@ static __always_inline int flow7_step(struct __sk_buff *skb, struct context *c, 
 	c->rule = f->rule;
 	c->identity = f->identity;
 	c->flags = f->flags;
+	if (accepted) {
+		c->rule = accepted;
+		count_request(c, key, f);
+	}
 	if (step & STEP_DROP)
 		return drop(c, key, STEP_REASON(step));
 	if (step & STEP_PUNT)
@@ -271,6 +319,7 @@ static __always_inline int renew_flow7(struct flow7 *f, const struct flow_key *k
 	decide(key, &d, generation);
 	f->rule = d.rule;
 	f->identity = d.identity;
+	f->automaton = d.automaton;
 	if (d.verdict == VERDICT_INSPECT) {
 		if (f->flags & FLOW_PLAIN || f->half[f->initiator & 1].mode == MODE_OPAQUE) { /* is read no more */
 			if (!(d.flags & (POLICY_FAIL_OPEN | POLICY_UNREAD)))
@@ -305,6 +354,7 @@ static __always_inline int open_flow7(const struct flow_key *key, const struct d
 	f->rule = d->rule;
 	f->generation = generation;
 	f->identity = d->identity;
+	f->automaton = d->automaton;
 	f->initiator = d->initiator;
 	f->incarnation = bpf_get_prandom_u32();
 	f->flags = d->flags & POLICY_FAIL_OPEN ? FLOW_FAIL_OPEN : 0;

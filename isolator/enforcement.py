@@ -24,6 +24,8 @@ from isolator.control.config import Config, Loaded, PolicySource, load
 from isolator.control.label_budget import first_come, give_way, within_budget
 from isolator.control.label_policy import asks_for_policy, label_policies, own_labels
 from isolator.control.problems import ConfigErrors, errors_in
+from isolator.core.automaton.build import Automata
+from isolator.core.automaton.states import Automaton
 from isolator.core.compile import Compiled, PolicyEntry, PolicyTooLarge, compile_policies
 from isolator.core.identities import Address
 from isolator.core.inspector import Inspector
@@ -52,6 +54,7 @@ class PolicyMaps(Protocol):
         generation: int,
         entries: Iterable[PolicyEntry],
         identities: Iterable[tuple[tuple[bytes, int], int]],
+        automata: Mapping[int, Automaton],
     ) -> None: ...
     def retire(self) -> dict[int, int]: ...
 
@@ -101,6 +104,7 @@ class Enforcement:
         ] = {}  # and was: nothing is parsed twice; who went last comes last
         self._refused: tuple[Known, float] | None = None  # and since when
         self._stamps = stamps(path, loaded.config)
+        self.automata = Automata()
 
     # -- putting in force -----------------------------------------------------------------------------------
 
@@ -141,9 +145,10 @@ class Enforcement:
     async def _put_in_force(self, known: Known) -> None:
         maps = self._kernel.datapath
         labelled, compiled = await self._compiled(known, await self._read_labels(known))
+        await self._work(self.automata.compile, compiled.profiles if self.config.l7 == "auto" else {})
         self._inspector.prepare_policy(compiled.profiles, compiled.generation)
         try:
-            await self._work(write, maps, compiled)
+            await self._work(write, maps, compiled, self.automata.by_profile)
         except Exception:  # whatever it is, Python must know what the kernel goes by
             self._inspector.discard_policy(compiled.generation)
             raise
@@ -264,9 +269,9 @@ class Enforcement:
         return before != self._stamps
 
 
-def write(maps: PolicyMaps, compiled: Compiled) -> None:
+def write(maps: PolicyMaps, compiled: Compiled, automata: Mapping[int, Automaton]) -> None:
     identities = [((each.address, each.prefixlen), each.identity) for each in compiled.identities]
-    maps.write_policy(compiled.generation, compiled.entries, identities)
+    maps.write_policy(compiled.generation, compiled.entries, identities, automata)
 
 
 def selects(source: PolicySource, labels: Mapping[str, str]) -> bool:
@@ -278,7 +283,7 @@ def fixed_settings(old: Config, new: Config) -> list[str]:
     pairs = {
         "runtime": ((old.runtime, old.engine), (new.runtime, new.engine)),
         "state_dir": (old.state_dir, new.state_dir),
-        "datapath": (old.xdp, new.xdp),
+        "datapath": ((old.xdp, old.l7), (new.xdp, new.l7)),
         "new_containers": (old.new_containers, new.new_containers),
         "start_wait": (old.start_wait, new.start_wait),
     }

@@ -56,9 +56,11 @@ class RuntimeModel(Strict):
 
 
 class DatapathModel(Strict):
-    """How packets are forwarded. `xdp`: a program at the ports that drops early (bpf/isolator_xdp.bpf.c)."""
+    """How packets are forwarded. `xdp`: a program at the ports that drops early (bpf/isolator_xdp.bpf.c). `l7`: who
+    decides requests, the kernel where it can and else Python, or Python alone."""
 
     xdp: Literal["off", "native", "generic"] = "off"
+    l7: Literal["auto", "python"] = "auto"
 
 
 class EndpointModel(Strict):
@@ -108,6 +110,7 @@ class Config:
     new_containers: Literal["closed", "open"]
     start_wait: int
     endpoints: tuple[EndpointModel, ...]
+    l7: Literal["auto", "python"] = "auto"
 
     @property
     def socket(self) -> Path:
@@ -225,6 +228,7 @@ def to_config(model: ConfigModel, path: Path) -> Config:
         model.new_containers,
         model.start_wait,
         tuple(model.endpoints),
+        model.datapath.l7,
     )
 
 

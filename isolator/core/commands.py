@@ -15,8 +15,8 @@ from parsers.http1 import Request
 class Commit(NamedTuple):
     """Move the client's boundary: bytes [expect, next) are decided. Comes before the bytes are sent.
 
-    `fin`: the half ends at `next`. With next where it was it asks whether the flow is still the one that is
-    meant: nothing old is sent on to a new connection.
+    `fin`: the half ends at `next`; `lend`: the kernel may decide what follows (R7). With next where it was it asks
+    whether the flow is still the one that is meant: nothing old is sent on to a new connection.
     """
 
     flow: Flow
@@ -26,6 +26,7 @@ class Commit(NamedTuple):
     window: tuple[int, int] | None = None
     mark: bool = False
     fin: bool = False
+    lend: bool = False
 
 
 class Forward(NamedTuple):

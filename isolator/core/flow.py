@@ -55,6 +55,8 @@ class HalfState(Protocol):
     def record(self) -> bytes: ...
     @property
     def gate(self) -> int: ...
+    @property
+    def alone(self) -> bool: ...
 
 
 class FlowState(Protocol):
@@ -64,6 +66,8 @@ class FlowState(Protocol):
     def profile(self) -> int: ...
     @property
     def generation(self) -> int: ...
+    @property
+    def automaton(self) -> int: ...
     @property
     def incarnation(self) -> int: ...
     @property
@@ -106,6 +110,8 @@ class Flow:
         "incarnation",
         "initiator",
         "key",
+        "lendable",
+        "lent",
         "mark_ack",
         "more",
         "profile",
@@ -139,6 +145,11 @@ class Flow:
         self.incarnation = pinned.incarnation
         # denied or reset by an agent before this one: what it meant to say is lost
         self.state = State.CLOSED if client.owner is Owner.CLOSED else State.OPEN
+        self.lendable = bool(pinned.automaton)  # the kernel can decide some of its requests
+        self.lent = client.owner in (
+            Owner.KERNEL,
+            Owner.BUSY,
+        )  # and may: `next` can be beyond what is known here
         self.wire: list[tuple[int, bytes]] = []  # where the table finds it
 
         # the client's half
@@ -169,6 +180,9 @@ class Flow:
             [] if fresh else None
         )  # methods since the mark; None: nobody knows
         self.mark_ack: int | None = None  # what the client had acknowledged when the mark was set
+        if client.alone and client.record:  # the last request was the kernel's
+            self.requests, self.unanswered = 1, [client.record.partition(b" ")[0].decode("ascii", "replace")]
+            self.mark_ack = pinned.server.record_seq
 
         # the end (isolator.core.closing)
         self.decision: Decision | None = None

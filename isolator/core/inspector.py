@@ -21,11 +21,11 @@ from isolator.core.commands import Command, Commit, Drop, Forward, Read, Report
 from isolator.core.flow import Flow, FlowState, FlowTable, State
 from isolator.core.judge import Judge, Judged
 from isolator.core.known import cut_acknowledged, in_window, known_bytes
-from isolator.core.model import Decision, DropReason, PuntReason, RuleRef
+from isolator.core.model import Decision, DropReason, Owner, PuntReason, RuleRef
 from isolator.core.policy import Profile
 from isolator.core.segments import remember, to_client, to_server
 from parsers.errors import HeldFull, OutOfWindow, Overlap
-from parsers.http1 import Request
+from parsers.http1 import Mode, Request
 from parsers.packet import ACK, FIN, PSH, RST, Segment
 from parsers.reassembly import seq_lt, seq_sub
 
@@ -99,6 +99,10 @@ class Inspector:
             known = flow.incarnation == pinned.incarnation
             if known and (flow.state is not State.OPEN or flow.next == pinned.client.next):
                 flow.generation, flow.profile = pinned.generation, profile
+                flow.lendable, flow.lent = (
+                    bool(pinned.automaton),
+                    pinned.client.owner in (Owner.KERNEL, Owner.BUSY),
+                )
                 return flow
             self.forget(flow)
         flow = Flow(key, where >> 1, pinned, profile)
@@ -129,7 +133,7 @@ class Inspector:
             self.committed(flow, acked)
 
     def committed(self, flow: Flow, acked: int) -> None:
-        """A Commit took effect; the server has acknowledged the client's half up to `acked`."""
+        """A Commit took effect, or a Read; the server has acknowledged the client's half up to `acked`."""
         if seq_lt(flow.acked, acked):
             flow.acked = acked
             flow.record.acknowledge(acked)
@@ -331,14 +335,27 @@ class Inspector:
         passed = data[: judged.end]
         ends = flow.fin_at == (expect + len(passed)) & _MASK
         mark = self._marks(flow, ack, judged)
-        commands.append(Commit(flow, expect, following, record, judged.window, mark, ends))
         flow.stream.consume(judged.end)
+        lend = judged.end == len(data) and not ends and self._can_lend(flow)
+        commands.append(Commit(flow, expect, following, record, judged.window, mark, ends, lend))
         if whole and judged.end >= len(data):
             commands.append(Forward())
             return
         commands += to_server(flow, expect, passed, PSH | ACK | (FIN if ends else 0))
         if flow.promised is not None:
             flow.resends, flow.wake_at = 0, now + RESEND_AFTER
+
+    def _can_lend(self, flow: Flow) -> bool:
+        """Whether the kernel may decide what follows: it knows all that Python does, and nothing waits here (R7)."""
+        return (
+            flow.lendable
+            and flow.dissector.mode is Mode.HEAD
+            and not flow.stream.held
+            and flow.promised is None
+            and flow.fin_at is None
+            and flow.unanswered is not None
+            and len(flow.unanswered) == 1
+        )
 
     def _marks(self, flow: Flow, ack: int, judged: Judged) -> bool:
         """Whether the answers to these requests begin where the server stands now: not if the client sent them

@@ -14,11 +14,15 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from isolator.core.model import Direction, DropReason, FlowFlag, Owner, PuntReason, Side, Verdict
 
-LAYOUT_VERSION = 3  # ISOLATOR_LAYOUT
+LAYOUT_VERSION = 4  # ISOLATOR_LAYOUT
 RECORD_MAX = 1460
 WINDOWS_MAX = 4
 WINDOW_BYTES_MAX = 1 << 30
 REASONS_MAX = 64
+STATES_MAX, TABLES_MAX, OUTCOMES_MAX, REQUESTS_MAX = 65536, 16384, 32768, 65536
+STEPS_MAX, STRIDE, EDGES_MAX, LINES_MAX, ALTERNATIVES_MAX = 512, 16, 4, 100, 4
+TABLE_OTHER = 0xFFFF
+REQUEST_HEAD = 256
 EVENT_INTERVAL_NS = 1_000_000
 Octets = bytes | bytearray | memoryview
 
@@ -27,12 +31,12 @@ ENDPOINT_MAX = 32767  # what PUNT_CONTEXT has room for
 PORT_XDP_FORWARD = 1
 POLICY_AUDIT, POLICY_TRIAL, POLICY_FAIL_OPEN, POLICY_UNREAD = 1, 2, 4, 8
 FLOW_AUDIT, FLOW_FAIL_OPEN, FLOW_PASSED_OPEN, FLOW_DENIED, FLOW_PLAIN = 1, 4, 8, 16, 32
-HALF_FIN, HALF_RST = 1, 2
+HALF_FIN, HALF_RST, HALF_ALONE = 1, 2, 4
 FLOW7_LIVE, FLOW7_PENDING = 1, 2
-FLOW7_COMMIT, FLOW7_OWN, FLOW7_DELETE, FLOW7_OPEN = 1, 2, 3, 4
-COMMIT_RECORD, COMMIT_WINDOW, COMMIT_MARK, COMMIT_FIN, COMMIT_GATE = 1, 2, 4, 8, 16
+FLOW7_COMMIT, FLOW7_OWN, FLOW7_DELETE, FLOW7_OPEN, FLOW7_TAKE = 1, 2, 3, 4, 5
+COMMIT_RECORD, COMMIT_WINDOW, COMMIT_MARK, COMMIT_FIN, COMMIT_GATE, COMMIT_LEND = 1, 2, 4, 8, 16, 32
 FLOW7_OK, FLOW7_GONE, FLOW7_STALE = 0, 1, 2
-EVENT_FLOW, EVENT_DROP = 1, 2
+EVENT_FLOW, EVENT_DROP, EVENT_REQUEST = 1, 2, 3
 
 
 class Layout:
@@ -68,7 +72,7 @@ POLICY_KEY = Layout(
 )
 POLICY_VALUE = Layout(
     "policy_value",
-    verdict="B", flags="B", reason="B", pad="x", profile="I", rule="I", pad2="4x", hits="Q",
+    verdict="B", flags="B", reason="B", pad="x", profile="I", rule="I", automaton="I", hits="Q",
 )  # fmt: skip
 FLOW_KEY = Layout(
     "flow_key",
@@ -88,13 +92,14 @@ FLOW7 = Layout(
     "flow7",
     last_seen="Q", packets="2Q", bytes="2Q", profile="I", rule="I", generation="I", identity="I",
     pending_seq="I", incarnation="I", initiator="B", state="B", flags="B", reason="B", start="I",
-    half=f"{2 * HALF_SIZE}s",
+    automaton="I", pad="4x", half=f"{2 * HALF_SIZE}s",
 )  # fmt: skip
 FLOW7_COMMAND = Layout(
     "flow7_command",
     key=f"{FLOW_KEY_SIZE}s", op="B", direction="B", flags="B", owner="B", incarnation="I", expect_next="I",
     next="I", mode="I", remaining="Q", window_from="I", window_to="I", record_seq="I", record_len="H", pad="2x",
-    result="I", acked="I", other_next="I", other_record_len="I", record=f"{RECORD_MAX + 4}s",
+    result="I", acked="I", other_next="I", other_record_len="I",
+    half_next="I", half_owner="I", record=f"{RECORD_MAX + 4}s",
 )  # fmt: skip
 ENDPOINT = Layout("endpoint", flows7="I", flows7_max="I")
 EVENT = Layout(
@@ -102,6 +107,16 @@ EVENT = Layout(
     time="Q", key=f"{FLOW_KEY_SIZE}s", rule="I", identity="I", ifindex="I", length="I",
     type="B", verdict="B", reason="B", direction="B", flags="B", pad="3x",
 )  # fmt: skip
+REQUEST_EVENT = Layout(
+    "request_event",
+    time="Q", rest=f"{EVENT.size - 8}s", profile="I", generation="I", head_len="I", pad="4x", head=f"{REQUEST_HEAD}s",
+)  # fmt: skip
+STATE = Layout(
+    "state",
+    kind="B", count="B", next="H", other="H", table="H", outcome="I", bytes=f"{EDGES_MAX}s", set="2Q",
+)  # fmt: skip
+TABLE = Layout("table", next="128H")
+OUTCOME = Layout("outcome", need=f"{ALTERNATIVES_MAX}I", rule=f"{ALTERNATIVES_MAX}I")
 DROP_COUNTER = Layout("drop_counter", packets="Q", bytes="Q", last_event="Q")
 CONTROL = Layout(
     "control",
@@ -110,7 +125,7 @@ CONTROL = Layout(
 
 LAYOUTS = (
     PORT, ADDRESS_KEY, IDENTITY_KEY, POLICY_KEY, POLICY_VALUE, FLOW_KEY, FLOW4, HALF, FLOW7, FLOW7_COMMAND,
-    ENDPOINT, EVENT, DROP_COUNTER, CONTROL,
+    ENDPOINT, EVENT, DROP_COUNTER, CONTROL, STATE, TABLE, OUTCOME,
 )  # fmt: skip
 
 _NUMBER = struct.Struct("=I")
@@ -177,8 +192,10 @@ def policy_key(generation: int, endpoint: int, direction: int, peer: int, protoc
     return POLICY_KEY.struct.pack(generation, endpoint, peer, port, protocol, direction)
 
 
-def policy_value(verdict: int, flags: int = 0, reason: int = 0, profile: int = 0, rule: int = 0) -> bytes:
-    return POLICY_VALUE.struct.pack(verdict, flags, reason, profile, rule, 0)
+def policy_value(
+    verdict: int, flags: int = 0, reason: int = 0, profile: int = 0, rule: int = 0, automaton: int = 0
+) -> bytes:
+    return POLICY_VALUE.struct.pack(verdict, flags, reason, profile, rule, automaton, 0)
 
 
 # -- the 32 bits that go with a punted frame --------------------------------------------------------------
@@ -223,12 +240,13 @@ class PolicyValue:
     reason: DropReason
     profile: int
     rule: int
+    automaton: int
     hits: int
 
     @classmethod
     def unpack(cls, data: Octets) -> PolicyValue:
-        verdict, flags, reason, profile, rule, hits = POLICY_VALUE.struct.unpack(data)
-        return cls(Verdict(verdict), flags, DropReason(reason), profile, rule, hits)
+        verdict, flags, reason, profile, rule, automaton, hits = POLICY_VALUE.struct.unpack(data)
+        return cls(Verdict(verdict), flags, DropReason(reason), profile, rule, automaton, hits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +313,11 @@ class Half:
     def owner(self) -> Owner:
         return self.word.owner
 
+    @property
+    def alone(self) -> bool:
+        """The record is one head that the kernel accepted, and the answer to it begins at the other's record_seq."""
+        return bool(self.flags & HALF_ALONE)
+
     @classmethod
     def unpack(cls, data: Octets) -> Half:
         word, remaining, mode, acked, *rest = HALF.struct.unpack(data)
@@ -334,6 +357,7 @@ class Flow7:
     flags: FlowFlag
     reason: DropReason
     start: int
+    automaton: int
     half: tuple[Half, Half]
 
     @property
@@ -357,11 +381,11 @@ class Flow7:
     def unpack(cls, data: Octets) -> Flow7:
         (
             seen, p0, p1, b0, b1, profile, rule, generation, identity, pending_seq, incarnation,
-            initiator, state, flags, reason, start, halves,
+            initiator, state, flags, reason, start, automaton, halves,
         ) = FLOW7.struct.unpack(data)  # fmt: skip
         return cls(
             seen, (p0, p1), (b0, b1), profile, rule, generation, identity, pending_seq, incarnation,
-            Direction(initiator), state, FlowFlag(flags), DropReason(reason), start,
+            Direction(initiator), state, FlowFlag(flags), DropReason(reason), start, automaton,
             (Half.unpack(halves[:HALF_SIZE]), Half.unpack(halves[HALF_SIZE:])),
         )  # fmt: skip
 
@@ -369,7 +393,7 @@ class Flow7:
         return FLOW7.struct.pack(
             self.last_seen, *self.packets, *self.octets, self.profile, self.rule, self.generation,
             self.identity, self.pending_seq, self.incarnation, self.initiator, self.state, self.flags,
-            self.reason, self.start, self.half[0].pack() + self.half[1].pack(),
+            self.reason, self.start, self.automaton, self.half[0].pack() + self.half[1].pack(),
         )  # fmt: skip
 
 
@@ -398,6 +422,21 @@ class Event:
             time, FlowKey.unpack(key), rule, identity, ifindex, length, kind,
             Verdict(verdict), DropReason(reason), Direction(direction), FlowFlag(flags),
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """A request that the kernel accepted. `event.rule` is its index into `requests`, `head` at most its beginning."""
+
+    event: Event
+    profile: int
+    generation: int
+    head: bytes
+
+    @classmethod
+    def unpack(cls, data: Octets) -> RequestEvent:
+        *_, profile, generation, length, head = REQUEST_EVENT.struct.unpack_from(data)
+        return cls(Event.unpack(data), profile, generation, head[:length])
 
 
 @dataclass(frozen=True, slots=True)

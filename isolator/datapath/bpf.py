@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, Self
 
+from isolator.core.automaton.states import Automaton
 from isolator.core.model import DropReason
 from isolator.datapath import attach
 from isolator.datapath.abi import (
@@ -32,6 +34,7 @@ from isolator.datapath.abi import (
     prefix_of,
 )
 from isolator.datapath.attach import XdpMode
+from isolator.datapath.automata import AutomatonMaps
 from isolator.datapath.doorbell import Control
 from isolator.datapath.events import EventReader
 from isolator.datapath.flow7 import FlowCommands
@@ -49,6 +52,7 @@ FLOWS7_QUOTA = 8192  # inspected flows of one endpoint, unless told otherwise
 _XDP_PROGRAM = {XdpMode.NATIVE: "isolator_xdp", XdpMode.GENERIC: "isolator_xdp_generic"}
 
 Prefix = tuple[bytes, int]  # 16 bytes, bits of them
+NO_AUTOMATA: Mapping[int, Automaton] = MappingProxyType({})
 
 
 class PolicyEntry(Protocol):
@@ -93,6 +97,7 @@ class Datapath:
         self._folder = folder
         self.maps = maps
         self.commands = FlowCommands(tc.program_fd("isolator_flow7"))
+        self.automata = AutomatonMaps(maps)
         self.control = Control(self.control_fd)
         self.control.frozen_until = 0  # of an upgrade that came to nothing
         self._addresses: dict[int, set[bytes]] = {}
@@ -233,8 +238,11 @@ class Datapath:
         return self.control.generation
 
     def next_generation(self) -> int:
-        """A number that this process has not used, also not for a policy that could not be written."""
+        """A number that this process has not used, also not for a policy that could not be written. One number is
+        odd, the next even: each has a half of the automata's maps."""
         self._last_generation = max(self._last_generation, self.generation) % 0xFFFFFFFF + 1
+        if self.generation and not (self._last_generation ^ self.generation) & 1:
+            self._last_generation += 1
         return self._last_generation
 
     def write_policy(
@@ -242,8 +250,9 @@ class Datapath:
         generation: int,
         entries: Iterable[PolicyEntry],
         identities: Iterable[tuple[Prefix | IPv4Network | IPv6Network, int]],
+        automata: Mapping[int, Automaton] = NO_AUTOMATA,
     ) -> None:
-        """Put a policy in force, in one step. The one before stays in the maps until `retire`.
+        """Put a policy in force, in one step. The one before stays in the maps until `retire`. `automata`: by profile.
 
         Raises BpfError when a map is full: the policy that was in force still is, as `generation` says.
         """
@@ -253,7 +262,8 @@ class Datapath:
                 (identity_key(generation, *_prefix(network)), _number(identity))
                 for network, identity in identities
             )
-            self.maps["policy"].update_many(_encode(generation, entry) for entry in entries)
+            starts = self.automata.write(generation, automata)
+            self.maps["policy"].update_many(_encode(generation, entry, starts) for entry in entries)
         except BpfError:
             self._delete_generations({generation}, inside=True)
             raise
@@ -371,8 +381,8 @@ def _prefix(network: Prefix | IPv4Network | IPv6Network) -> Prefix:
     return network if isinstance(network, tuple) else prefix_of(network)
 
 
-def _encode(generation: int, e: PolicyEntry) -> tuple[bytes, bytes]:
+def _encode(generation: int, e: PolicyEntry, starts: Mapping[int, int]) -> tuple[bytes, bytes]:
     return (
         policy_key(generation, e.endpoint, e.direction, e.peer, e.protocol, e.port),
-        policy_value(e.verdict, e.flags, e.reason, e.profile, e.rule),
+        policy_value(e.verdict, e.flags, e.reason, e.profile, e.rule, starts.get(e.profile, 0)),
     )

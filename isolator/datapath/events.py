@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 
-from isolator.datapath.abi import EVENT, Event
+from isolator.datapath.abi import EVENT, REQUEST_EVENT, Event, RequestEvent
 
 BUSY = 1 << 31  # BPF_RINGBUF_BUSY_BIT: reserved, not yet submitted
 DISCARD = 1 << 30  # BPF_RINGBUF_DISCARD_BIT
@@ -69,8 +69,13 @@ class EventReader:
         self._ring = RingBuffer(fd, size)
         self.fd = fd
 
-    def read(self, limit: int = READ_MAX) -> list[Event]:
-        return [Event.unpack(record) for record in self._ring.records(limit) if len(record) >= EVENT.size]
+    def read(self, limit: int = READ_MAX) -> list[Event | RequestEvent]:
+        return [unpack(record) for record in self._ring.records(limit) if len(record) >= EVENT.size]
 
     def close(self) -> None:
         self._ring.close()
+
+
+def unpack(record: memoryview) -> Event | RequestEvent:
+    """`record`: at least an event; only a request is longer."""
+    return RequestEvent.unpack(record) if len(record) >= REQUEST_EVENT.size else Event.unpack(record)

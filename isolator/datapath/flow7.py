@@ -16,6 +16,7 @@ from isolator.core.model import Direction, Owner
 from isolator.datapath.abi import (
     COMMIT_FIN,
     COMMIT_GATE,
+    COMMIT_LEND,
     COMMIT_MARK,
     COMMIT_RECORD,
     COMMIT_WINDOW,
@@ -24,6 +25,7 @@ from isolator.datapath.abi import (
     FLOW7_DELETE,
     FLOW7_OPEN,
     FLOW7_OWN,
+    FLOW7_TAKE,
     RECORD_MAX,
     WINDOW_BYTES_MAX,
 )
@@ -31,7 +33,7 @@ from isolator.datapath.libbpf import TestRunOptions, check, library
 
 _AT = FLOW7_COMMAND.offsets
 _HEAD = struct.Struct("=44sBBBBIIIIQIIIH2xI")  # key … record_len, and the result as it is before the run
-_RESULT = struct.Struct("=IIII")  # result, acked, other_next, other_record_len
+_RESULT = struct.Struct("=IIIIII")  # result, acked, other_next, other_record_len, half_next, half_owner
 assert _HEAD.size == _AT["result"] + 4
 
 
@@ -47,12 +49,15 @@ _OUTCOMES = tuple(Outcome)
 
 
 class Answer(NamedTuple):
-    """What a command came to, and where the flow stands: `acked` of the half, the rest of the other half."""
+    """What a command came to, and where the flow stands: `acked`, `next` and `owner` of the half, the rest of the
+    other."""
 
     outcome: Outcome
     acked: int
     other_next: int
     other_record_len: int
+    next: int = 0
+    owner: int = Owner.PYTHON
 
     def __bool__(self) -> bool:
         return self.outcome is Outcome.OK
@@ -82,7 +87,7 @@ class FlowCommands:
         *,
         mode: int = 0,
         remaining: int = 0,
-        owner: Owner = Owner.PYTHON,
+        lend: bool = False,
         window: tuple[int, int] | None = None,
         record: tuple[int, bytes] | None = None,
         mark: bool = False,
@@ -93,8 +98,8 @@ class FlowCommands:
 
         `record`: (sequence number, bytes ≤ RECORD_MAX) of the message's head, `window`: [from, to) that the
         kernel may pass, `gate`: only once `open_gate` was called, `mark`: the answer begins where the other half
-        stands now, `fin`: the half ends at `following`. With both numbers equal it only tells whether the flow is
-        still the one that is meant.
+        stands now, `fin`: the half ends at `following`, `lend`: the kernel may decide what comes next (R7). With
+        both numbers equal it only tells whether the flow is still the one that is meant.
         """
         flags, at, length = 0, 0, 0
         if record is not None:
@@ -114,9 +119,11 @@ class FlowCommands:
             flags |= COMMIT_MARK
         if fin:
             flags |= COMMIT_FIN
+        if lend:
+            flags |= COMMIT_LEND
         _HEAD.pack_into(
             self._context, 0,
-            key, FLOW7_COMMIT, direction, flags, owner, incarnation, expect_next, following, mode, remaining,
+            key, FLOW7_COMMIT, direction, flags, 0, incarnation, expect_next, following, mode, remaining,
             *window, at, length, Outcome.STALE,
         )  # fmt: skip
         return self._run()
@@ -124,6 +131,11 @@ class FlowCommands:
     def own(self, key: bytes, direction: Direction, incarnation: int, owner: Owner) -> Answer:
         """Set a half's owner."""
         self._plain(key, FLOW7_OWN, direction, owner, incarnation)
+        return self._run()
+
+    def take(self, key: bytes, direction: Direction, incarnation: int) -> Answer:
+        """A half that was lent to the kernel is Python's again. STALE: the kernel does not let go of it."""
+        self._plain(key, FLOW7_TAKE, direction, Owner.PYTHON, incarnation)
         return self._run()
 
     def open_gate(self, key: bytes, direction: Direction, incarnation: int) -> Answer:
@@ -145,5 +157,5 @@ class FlowCommands:
         result = self._call(self._fd, self._pointer)
         if result:
             check(result, "isolator_flow7 failed")
-        outcome, acked, other_next, other_record_len = _RESULT.unpack_from(self._context, _AT["result"])
-        return Answer(_OUTCOMES[outcome], acked, other_next, other_record_len)
+        outcome, *rest = _RESULT.unpack_from(self._context, _AT["result"])
+        return Answer(_OUTCOMES[outcome], *rest)

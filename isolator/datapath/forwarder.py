@@ -59,7 +59,9 @@ class Commands(Protocol):
         record: tuple[int, bytes] | None = None,
         mark: bool = False,
         fin: bool = False,
+        lend: bool = False,
     ) -> Answer: ...
+    def take(self, key: bytes, direction: Direction, incarnation: int) -> Answer: ...
     def own(self, key: bytes, direction: Direction, incarnation: int, owner: Owner) -> Answer: ...
     def open_gate(self, key: bytes, direction: Direction, incarnation: int) -> Answer: ...
     def delete(self, key: bytes, incarnation: int) -> Answer: ...
@@ -207,6 +209,8 @@ class Forwarder:
         flow = inspector.find(context & 0xFFFF, segment.key, context >> 24) or self._adopt(
             segment, packet, context
         )
+        if flow is not None and flow.lent:
+            flow = self._take_back(flow, segment, packet, context)
         if flow is None:
             self.drops[DropReason.TCP_STATE] += 1
             return
@@ -228,6 +232,17 @@ class Forwarder:
         if flow is not None and pinned.client.gate:  # shut by an agent before this one, or a moment ago
             self._gated.setdefault(flow, time.perf_counter() + GATE_SHUT)
         return flow
+
+    def _take_back(self, flow: Flow, segment: Segment, packet: memoryview, context: int) -> Flow | None:
+        """A flow that the kernel was deciding is Python's again, as it stands there now (R7)."""
+        answer = self._pinned.commands.take(flow.key, flow.initiator, flow.incarnation)
+        if answer and answer.next == flow.next:
+            flow.lent = False
+            self._inspector.committed(flow, answer.acked)
+            return flow
+        self._inspector.forget(flow)
+        found = self._adopt(segment, packet, context) if answer else None
+        return None if found is None or found.lent else found
 
     def _refuse(self, packet: memoryview, context: int, both: bool) -> None:
         """Answers the sender of a frame with a reset or an ICMP error; a connection cut off is told to both ends."""
@@ -281,10 +296,11 @@ class Forwarder:
         answer = self._pinned.commands.commit(
             flow.key, flow.initiator, flow.incarnation, c.expect, c.next,
             mode=flow.dissector.mode, remaining=flow.dissector.remaining,
-            window=c.window, mark=c.mark, fin=c.fin,
+            window=c.window, mark=c.mark, fin=c.fin, lend=c.lend,
             record=(c.expect, c.record) if c.record is not None and len(c.record) <= RECORD_MAX else None,
         )  # fmt: skip
         if answer.outcome is Outcome.OK:
+            flow.lent = answer.owner != Owner.PYTHON
             self._inspector.committed(flow, answer.acked)
             if c.window is not None:
                 self._gated[flow] = time.perf_counter() + GATE_SHUT

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import platform
+from array import array
 from collections.abc import Iterable, Iterator
 from ctypes import byref, c_uint32
 from itertools import islice
@@ -136,6 +137,22 @@ class Map:
                 if result not in (0, -errno.ENOENT):
                     raise self._error("batch delete", result)
                 chunk = chunk[count.value + 1 :] if result else []
+
+    def sums(self, first: int, count: int) -> array[int]:
+        """Of a per-CPU array of 64-bit counters: entries [first, first + count), each over all CPUs."""
+        if not count:
+            return array("Q")
+        keys, values = self._room(count)
+        token = ctypes.create_string_buffer((first - 1).to_bytes(4, "little"), 4)
+        given = c_uint32(count)
+        result = library().bpf_map_lookup_batch(
+            self.fd, token, token, keys.obj, values.obj, byref(given), None
+        )
+        if result not in (0, -errno.ENOENT) or given.value != count:
+            raise self._error("batch lookup", result)
+        cpus = self.value_room // 8
+        each = array("Q", bytes(values))
+        return array("Q", map(sum, zip(*(each[cpu::cpus] for cpu in range(cpus)), strict=True)))
 
     def clear(self) -> None:
         self.delete_many(list(self.keys()))

@@ -38,6 +38,7 @@ def dropped(reason: DropReason) -> Step:
 class Half:
     """struct half."""
 
+    alone = False  # Python decides every head
     __slots__ = (
         "acked",
         "flags",
@@ -80,6 +81,7 @@ class Half:
 class Flow7:
     """struct flow7. `half` by direction; the initiator's is inspected."""
 
+    automaton = 0
     __slots__ = (
         "generation",
         "half",
@@ -228,6 +230,7 @@ class Flows7:
         record: tuple[int, bytes] | None = None,
         mark: bool = False,
         fin: bool = False,
+        lend: bool = False,
     ) -> Answer:
         flow = self.flows.get(key)
         if flow is None:
@@ -260,6 +263,11 @@ class Flows7:
             return Answer(Outcome.STALE, 0, 0, 0)
         flow.half[direction].owner = owner
         return Answer(Outcome.OK, 0, 0, 0)
+
+    def take(self, key: bytes, direction: Direction, incarnation: int) -> Answer:
+        """Python has it: there are no automata here."""
+        flow = self.flows.get(key)
+        return Answer(Outcome.OK, 0, 0, 0, flow.half[direction].next) if flow else _GONE
 
     def open_gate(self, key: bytes, direction: Direction, incarnation: int) -> Answer:
         """There is none: nothing overtakes anything in a capture."""

@@ -9,6 +9,7 @@ states than it may have keeps those that fit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from isolator.core.automaton.assembler import Assembler
@@ -18,6 +19,7 @@ from isolator.core.automaton.paths import BLANK, QUESTION, Lines, Paths, tree
 from isolator.core.automaton.rules import METHODS, PYTHON, Line, Rules, alternatives, ruling_of
 from isolator.core.automaton.states import Automaton, Kind, Octet, Outcome, State
 from isolator.core.pattern import REGEX
+from isolator.core.policy import Outcome as PolicyOutcome
 from isolator.core.policy import Profile, Ruling
 
 STATES_MAX = 24_576
@@ -35,6 +37,21 @@ def build(profile: Profile, states: int = STATES_MAX, tables: int = TABLES_MAX) 
     if ruling is None or not ruling.inspects:
         return Automaton([], 0, [], HOST_SEEN, (), (MODES,))
     return _Build(ruling, states, tables).automaton()
+
+
+class Automata:
+    """Those of one compilation's profiles. What an outcome's automaton is, it stays: it is built once."""
+
+    def __init__(self) -> None:
+        self.by_profile: dict[int, Automaton] = {}
+        self._by_outcome: dict[PolicyOutcome, Automaton] = {}
+
+    def compile(self, profiles: Mapping[int, Profile]) -> None:
+        known = self._by_outcome
+        self._by_outcome = {
+            each.outcome: known.get(each.outcome) or build(each) for each in profiles.values()
+        }
+        self.by_profile = {number: self._by_outcome[each.outcome] for number, each in profiles.items()}
 
 
 class _Build:

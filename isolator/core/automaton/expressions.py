@@ -42,11 +42,7 @@ def as_regex(source: str) -> Regex:
 
 
 def _segment(segment: str) -> str:
-    return (
-        "[^/]+"
-        if segment == "*" or NAMED.fullmatch(segment)
-        else re.sub(r"(\W)", r"\\\1", segment)
-    )
+    return "[^/]+" if segment == "*" or NAMED.fullmatch(segment) else re.sub(r"(\W)", r"\\\1", segment)
 
 
 class Expressions:

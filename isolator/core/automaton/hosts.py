@@ -20,8 +20,9 @@ Positions = frozenset[tuple[int, int]]
 
 
 class At(NamedTuple):
-    """What was read: `names` may still become a pattern's whole name, `ends` a `*.` pattern's end. `before` the dot that
-    was read last, these patterns matched."""
+    """What was read: `names` may still become a pattern's whole name, `ends` a `*.` pattern's end.
+
+    `before` the dot that was read last, these patterns matched."""
 
     names: Positions
     ends: Positions

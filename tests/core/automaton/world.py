@@ -67,8 +67,30 @@ def profiles(draw: st.DrawFn) -> Profile:
     return profile(*rules, mode=mode)
 
 
-_SEGMENTS = ("a", "b", "ab", "api", "v1", "v2", "orders", "c", "a1", "a17", "17", ".well-known", "a.b", "..", ".", "", "%41", "x;y", "é")
-_paths = st.lists(st.sampled_from(_SEGMENTS[:13] * 3 + _SEGMENTS), max_size=5).map(lambda parts: "/" + "/".join(parts))
+_SEGMENTS = (
+    "a",
+    "b",
+    "ab",
+    "api",
+    "v1",
+    "v2",
+    "orders",
+    "c",
+    "a1",
+    "a17",
+    "17",
+    ".well-known",
+    "a.b",
+    "..",
+    ".",
+    "",
+    "%41",
+    "x;y",
+    "é",
+)
+_paths = st.lists(st.sampled_from(_SEGMENTS[:13] * 3 + _SEGMENTS), max_size=5).map(
+    lambda parts: "/" + "/".join(parts)
+)
 _queries = st.sampled_from(["", "", "", "?", "?a=b", "?a=%20&c=/../x", "?a#b", "?a?b", '?"<>{}'])
 _hosts = st.sampled_from(
     ["api.local"] * 4 + ["API.local", "api.local.", "shop.api.local:80", "local", "x.local", "x.local.:8080", ".local", "a..b",
@@ -93,7 +115,10 @@ def heads(draw: st.DrawFn) -> bytes:
     target = draw(_paths) + draw(_queries)
     fields = draw(st.lists(_fields, max_size=3))
     for _ in range(draw(st.sampled_from([1] * 12 + [0, 2]))):
-        fields.insert(draw(st.integers(0, len(fields))), draw(st.sampled_from(["Host: ", "host:", "HOST: ", "Host:  "])) + draw(_hosts))
+        fields.insert(
+            draw(st.integers(0, len(fields))),
+            draw(st.sampled_from(["Host: ", "host:", "HOST: ", "Host:  "])) + draw(_hosts),
+        )
     text = "\r\n".join([f"{method} {target} {version}", *fields, "", ""])
     data = text.encode("latin-1", "replace")
     match draw(st.integers(0, 11)):
@@ -131,4 +156,9 @@ def automaton_of(*rules: Rule) -> Automaton:
 
 
 def allowed(decision: Decision | None) -> bool:
-    return decision is not None and decision.verdict is Verdict.ALLOW and not decision.audit and not decision.trial
+    return (
+        decision is not None
+        and decision.verdict is Verdict.ALLOW
+        and not decision.audit
+        and not decision.trial
+    )

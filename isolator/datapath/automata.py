@@ -1,0 +1,196 @@
+"""Automata in the kernel's maps: states, tables, outcomes, and a counter for each rule that accepts requests.
+
+The maps have two halves. A policy generation writes into the one that the generation in force is not in, so that no
+packet reads states of two; what is in a half is overwritten once nobody reads it any more (Datapath.retire).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from isolator.core.automaton.states import OCTETS, Automaton, Kind, Octet, State
+from isolator.core.model import RuleRef
+from isolator.datapath.abi import (
+    ALTERNATIVES_MAX,
+    EDGES_MAX,
+    OUTCOME,
+    OUTCOMES_MAX,
+    REQUESTS_MAX,
+    STATE,
+    STATES_MAX,
+    TABLE,
+    TABLE_OTHER,
+    TABLES_MAX,
+)
+from isolator.datapath.maps import Map
+
+_SETS: dict[Octet, tuple[int, int]] = {
+    octet: (
+        sum(1 << byte for byte in range(64) if OCTETS[byte] & octet),
+        sum(1 << byte - 64 for byte in range(64, 128) if OCTETS[byte] & octet),
+    )
+    for octet in Octet
+}
+
+
+@dataclass(slots=True)
+class Room:
+    """What a half has left: the next index of each map, and where the half ends. Index 0 is nobody's."""
+
+    states: int
+    tables: int
+    outcomes: int
+    requests: int
+    half: int
+
+    @classmethod
+    def of(cls, half: int) -> Room:
+        first = 1 - half
+        return cls(
+            half * STATES_MAX // 2 + first, half * TABLES_MAX // 2, half * OUTCOMES_MAX // 2 + first,
+            half * REQUESTS_MAX // 2 + first, half,
+        )  # fmt: skip
+
+    def has(self, automaton: Automaton) -> bool:
+        """The last state of all would be TABLE_OTHER."""
+        tables = sum(state.kind is Kind.TABLE for state in automaton.states)
+        end = self.half + 1
+        return (
+            self.states + len(automaton.states) <= end * STATES_MAX // 2
+            and self.tables + tables <= end * TABLES_MAX // 2
+            and self.outcomes + len(automaton.outcomes) <= end * OUTCOMES_MAX // 2
+            and self.requests + len(automaton.rules) <= end * REQUESTS_MAX // 2
+        )
+
+
+@dataclass(slots=True)
+class Written:
+    """One generation's automata: where each profile's begins, and who is counted where."""
+
+    first: int
+    starts: dict[int, int] = field(default_factory=dict)
+    counted: list[tuple[int, RuleRef]] = field(default_factory=list)
+    """(profile, rule) by counter, the first at `first`."""
+    seen: array[int] = field(default_factory=lambda: array("Q"))
+    without_room: list[int] = field(default_factory=list)
+
+
+class AutomatonMaps:
+    """The maps `states`, `tables`, `outcomes` and `requests`. For one thread."""
+
+    def __init__(self, maps: Mapping[str, Map]) -> None:
+        self._maps = maps
+        self._halves: dict[int, Written] = {}
+
+    def write(self, generation: int, automata: Mapping[int, Automaton]) -> dict[int, int]:
+        """Into the half of this generation; nobody may be reading there. Returns the state in which each profile's
+        automaton begins: what finds no room is left out. Raises BpfError."""
+        room = Room.of(generation & 1)
+        written = self._halves[generation & 1] = Written(room.requests)
+        for profile, automaton in sorted(automata.items()):
+            if not automaton.start:
+                continue
+            if not room.has(automaton):
+                written.without_room.append(profile)
+                continue
+            written.starts[profile] = self._write(automaton, room)
+            written.counted += [(profile, rule) for rule in automaton.rules]
+        written.seen = array("Q", bytes(8 * len(written.counted)))
+        requests = self._maps["requests"]
+        requests.update_many(
+            (number.to_bytes(4, "little"), bytes(requests.value_room))
+            for number in range(written.first, written.first + len(written.counted))
+        )
+        return written.starts
+
+    def _write(self, automaton: Automaton, room: Room) -> int:
+        encoding = Encoding(automaton, room)
+        self._maps["tables"].update_many(_numbered(room.tables, encoding.tables))
+        self._maps["outcomes"].update_many(_numbered(room.outcomes, encoding.outcomes()))
+        self._maps["states"].update_many(_numbered(room.states, encoding.states))
+        start = encoding.number(automaton.start)
+        room.states += len(encoding.states)
+        room.tables += len(encoding.tables)
+        room.outcomes += len(automaton.outcomes) - 1
+        room.requests += len(automaton.rules)
+        return start
+
+    def rule_of(self, generation: int, counter: int) -> RuleRef | None:
+        """Whose requests are counted at this index."""
+        written = self._halves.get(generation & 1)
+        at = counter - written.first if written else -1
+        return written.counted[at][1] if written and 0 <= at < len(written.counted) else None
+
+    def without_room(self, generation: int) -> list[int]:
+        """Profiles whose automata found no room."""
+        return self._halves[generation & 1].without_room if generation & 1 in self._halves else []
+
+    def take_counts(self) -> Iterator[tuple[int, RuleRef, int]]:
+        """(profile, rule, requests accepted since the last call), of both halves."""
+        for written in self._halves.values():
+            now = self._maps["requests"].sums(written.first, len(written.counted))
+            for (profile, rule), before, after in zip(written.counted, written.seen, now, strict=True):
+                if after != before:
+                    yield profile, rule, after - before
+            written.seen = now
+
+
+class Encoding:
+    """An automaton as the maps have it. States are numbered from `room.states`; 0 stays 0."""
+
+    def __init__(self, automaton: Automaton, room: Room) -> None:
+        self._automaton = automaton
+        self._states = room.states - 1
+        self._tables = room.tables
+        self._outcomes = room.outcomes - 1
+        self._requests = room.requests - 1
+        self.tables: list[bytes] = []
+        self.states = [self._state(state) for state in automaton.states[1:]]
+
+    def number(self, state: int) -> int:
+        return self._states + state if state else 0
+
+    def _state(self, state: State) -> bytes:
+        table, low, high, count, edges = 0, 0, 0, 0, bytes(EDGES_MAX)
+        match state.kind:
+            case Kind.WORD:
+                count = len(state.word)
+                low, high = int.from_bytes(state.word, "little"), int.from_bytes(state.fold, "little")
+            case Kind.BRANCH:
+                count = len(state.edges)
+                edges = bytes(byte for byte, _ in state.edges).ljust(EDGES_MAX, b"\0")
+                low = sum(self.number(to) << 16 * at for at, (_, to) in enumerate(state.edges))
+            case Kind.TABLE:
+                table = self._tables + len(self.tables)
+                self.tables.append(self._table(state))
+            case Kind.SKIP | Kind.ONE:
+                low, high = _SETS[state.octets]
+            case Kind.EFFECT:
+                count, low = state.lines, state.sets | state.unless << 32
+            case Kind.ACCEPT:
+                low = self._automaton.required
+        return STATE.struct.pack(
+            state.kind, count, self.number(state.next), self.number(state.other), table,
+            self._outcomes + state.outcome if state.outcome else 0, edges, low, high,
+        )  # fmt: skip
+
+    def _table(self, state: State) -> bytes:
+        following = [TABLE_OTHER] * 128
+        for byte, to in state.edges:
+            following[byte] = self.number(to)
+        return TABLE.struct.pack(*following)
+
+    def outcomes(self) -> list[bytes]:
+        """Without the first, which is nobody's."""
+        encoded = []
+        for outcome in self._automaton.outcomes[1:]:
+            needs = [need for need, _ in outcome] + [0] * (ALTERNATIVES_MAX - len(outcome))
+            rules = [self._requests + rule if rule else 0 for _, rule in outcome]
+            encoded.append(OUTCOME.struct.pack(*needs, *rules, *[0] * (ALTERNATIVES_MAX - len(outcome))))
+        return encoded
+
+
+def _numbered(first: int, values: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    return ((number.to_bytes(4, "little"), value) for number, value in enumerate(values, first))
