@@ -205,6 +205,7 @@ enum owner { OWNER_KERNEL = 0, OWNER_BUSY = 1, OWNER_PYTHON = 2, OWNER_CLOSED = 
 #define MODE_OPAQUE 6 /* nothing that follows is read */
 #define HALF_FIN 1
 #define HALF_RST 2
+#define HALF_FIN_ACKED 8 /* the other end has it */
 #define HALF_ALONE 4 /* the record is one head, accepted here; its answer begins at the other half's record_seq */
 struct half {
 	__u64 word;

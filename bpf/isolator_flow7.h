@@ -91,8 +91,10 @@ static __always_inline void acknowledge(struct half *client, __u32 ack)
 	__u32 next = WORD_NEXT(client->word);
 	__u32 acked = client->acked;
 
-	if ((client->flags & HALF_FIN) && ack == next + 1) /* the FIN counts as a byte */
+	if ((client->flags & HALF_FIN) && ack == next + 1) { /* the FIN counts as a byte */
+		client->flags |= HALF_FIN_ACKED;
 		ack = next;
+	}
 	if (!after(ack, acked) || after(ack, next))
 		return;
 	__sync_val_compare_and_swap(&client->acked, acked, ack); /* lost race: the next acknowledgement says it again */
@@ -398,6 +400,8 @@ static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, s
 		return agent_is_up() ? STEP_PUNT | PUNT_CLOSED : STEP_DROP | REASON_FLOW_CLOSED;
 	if (f->flags & FLOW_PASSED_OPEN)
 		return STEP_FORWARD;
+	if ((server->flags & HALF_FIN) && (p->flags & TCP_ACK) && p->ack == WORD_NEXT(server->word) + 1)
+		server->flags |= HALF_FIN_ACKED;
 	if (p->payload && (p->flags & TCP_URG))
 		return STEP_DROP | REASON_URGENT;
 	if (p->flags & TCP_RST) { /* only one that the server would believe stops the flow (RFC 5961 section 3) */
@@ -418,6 +422,13 @@ static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, s
 			client->flags |= HALF_FIN;
 	}
 	return step;
+}
+
+/* Both ends have closed, and have each other's FIN: what still comes belongs to no connection. */
+static __always_inline int is_over(const struct flow7 *f)
+{
+	return (f->half[0].flags & f->half[1].flags & HALF_FIN_ACKED) && WORD_OWNER(f->half[0].word) != OWNER_CLOSED &&
+	       WORD_OWNER(f->half[1].word) != OWNER_CLOSED;
 }
 
 /* One packet of an inspected flow. `accepted`: the rule of a request that was accepted here. */

@@ -308,6 +308,8 @@ static __always_inline int flow7_step(struct __sk_buff *skb, struct context *c, 
 		return punt(skb, port, STEP_REASON(step), f->incarnation);
 	if ((step & STEP_CUT) && cut_payload(skb, p))
 		return drop(c, key, REASON_INTERNAL);
+	if (is_over(f))
+		forget(key);
 	return forward(port, 0);
 }
 

@@ -248,6 +248,7 @@ class Agent:
                 self._inspector.forget_flow(key, incarnation)
         for key, incarnation, acked in going:
             self._inspector.acknowledged(key, incarnation, acked)
+        self._inspector.forget_gone({*(key for key, _ in ended), *(key for key, *_ in going)})
 
     # -- files ----------------------------------------------------------------------------------------------
 

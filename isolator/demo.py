@@ -127,6 +127,7 @@ def changes(lab: Lab) -> Iterator[Check]:
     open_port = lab.curl("web", f"http://{API}:9090/")
     yield Check("agent killed: layer 4 goes on", "200", open_port)
     yield Check("agent killed: what needs it is closed", "000", closed_after(lab))
+    yield Check("agent killed: what the kernel can decide goes on", "200", ask(ALLOWED))
     lab.start_agent()
     yield Check("agent back: the connection lives on", "200 200", f"{before} {ask(ALLOWED)}")
     generation = lab.ask("/v1/status")["generation"]
@@ -138,9 +139,9 @@ def changes(lab: Lab) -> Iterator[Check]:
 
 
 def closed_after(lab: Lab) -> str:
-    """A request once the agent's heartbeat is older than its bound."""
+    """A request that no automaton accepts, once the agent's heartbeat is older than its bound."""
     time.sleep(2.5)
-    return lab.curl("web", f"http://{API}{ALLOWED}")
+    return lab.curl("web", f"http://{API}{ALLOWED}", "--http1.0")
 
 
 def killed_transfer(lab: Lab) -> Iterator[Check]:

@@ -14,7 +14,7 @@ the connection.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from isolator.core import closing
 from isolator.core.commands import Command, Commit, Drop, Forward, Read, Report
@@ -57,6 +57,7 @@ class Inspector:
         self._reports, self._reported = REPORTS_BURST, 0.0
         self._policies: dict[int, Mapping[int, Profile]] = {}  # by generation
         self._judge = Judge()
+        self._gone: set[bytes] = set()  # flows that the kernel did not know when it was asked last
         self._leaving: dict[int, float] = {}  # endpoints → until when nothing more is promised for them
         self.generation = 0
         self.prepare_policy(profiles, generation)
@@ -118,6 +119,14 @@ class Inspector:
         flow = self.flows.get(key)
         if flow is not None and flow.incarnation == incarnation:
             self.forget(flow)
+
+    def forget_gone(self, there: Collection[bytes]) -> None:
+        """`there`: keys of the flows that the kernel knows. What it has not known twice is over: both ends closed."""
+        gone = {flow.key for flow in self.flows} - set(there)
+        for key in gone & self._gone:
+            if (flow := self.flows.get(key)) is not None:
+                self.forget(flow)
+        self._gone = gone
 
     def forget_endpoint(self, number: int) -> None:
         """Its flows are no more; another endpoint may get the number."""

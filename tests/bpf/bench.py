@@ -17,7 +17,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -25,9 +25,10 @@ from pathlib import Path
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
+from isolator.core.automaton.states import Automaton
 from isolator.core.model import Direction, DropReason, PuntReason, Side, Verdict
 from isolator.datapath.abi import FLOW7_LIVE, Flow7, Port, flow_key, mapped, parse_punt_context
-from isolator.datapath.bpf import Datapath, Prefix
+from isolator.datapath.bpf import NO_AUTOMATA, Datapath, Prefix
 from isolator.datapath.netns import Netns
 from isolator.datapath.pins import unpin
 from isolator.datapath.ring import Ring, packet_socket
@@ -177,8 +178,10 @@ class Bench:
         self._drain()
         self._counted = self._drops()
 
-    def policy(self, entries: Iterable[Entry]) -> dict[int, int]:
-        self.datapath.write_policy(self.datapath.next_generation(), entries, IDENTITIES)
+    def policy(
+        self, entries: Iterable[Entry] = POLICY, automata: Mapping[int, Automaton] = NO_AUTOMATA
+    ) -> dict[int, int]:
+        self.datapath.write_policy(self.datapath.next_generation(), entries, IDENTITIES, automata)
         return self.datapath.retire()
 
     def agent(self, up: bool) -> None:

@@ -110,6 +110,7 @@ FLOWS7 = st.builds(
     flags=st.just(FlowFlag.FAIL_OPEN),
     reason=st.sampled_from(DropReason),
     start=U32,
+    automaton=U32,
     half=st.tuples(HALVES, HALVES),
 )
 

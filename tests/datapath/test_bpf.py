@@ -40,7 +40,7 @@ A, B, C = (mapped(ip_address(text)) for text in ("10.0.0.1", "10.0.0.2", "fd00::
 KEY = flow_key(7, A, B, 80, 1000, 6)
 HALF = Half(Word(100, Owner.PYTHON, 0), 0, 0, 100, (), 0, b"", 0)
 FLOW = Flow7(
-    1, (2, 3), (4, 5), 6, 7, 8, 9, 0, 1, Direction.INGRESS, 1, FlowFlag(0), DropReason.NONE, 0, (HALF, HALF)
+    1, (2, 3), (4, 5), 6, 7, 8, 9, 0, 1, Direction.INGRESS, 1, FlowFlag(0), DropReason.NONE, 0, 3, (HALF, HALF)
 )  # fmt: skip
 
 

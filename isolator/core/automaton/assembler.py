@@ -17,6 +17,13 @@ class Assembler:
         self._numbers: dict[State, int] = {REJECTED: 0}
         self._room = room
         self._tables = tables
+        self._reserve = (room // 8, tables // 8)
+
+    @property
+    def tight(self) -> bool:
+        """What is left is for what leads to the states that are there: they are built from their ends."""
+        states, tables = self._reserve
+        return len(self.states) > self._room - states or self._tables <= tables
 
     def add(self, state: State) -> int:
         """The number of such a state."""

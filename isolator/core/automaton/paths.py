@@ -141,7 +141,10 @@ class Paths:
         return edges, outcome
 
     def deeper(self, build: Callable[[], int]) -> int:
-        """What `build` makes; REJECT where that would be too deep."""
+        """What `build` makes; REJECT where that would be too deep, or there is no room for more."""
+        if self._assembler.tight:
+            self._assembler.full = True
+            return 0
         if self._depth >= DEPTH_MAX:
             self.too_deep = True
             return 0
