@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from isolator import enforcement
 from isolator.control.config import load
 from isolator.control.flowlog import FlowLog
 from isolator.control.label_policy import label_policies
+from isolator.core.automaton.states import Automaton
 from isolator.core.compile import PolicyEntry, PolicyTooLarge, compile_policies
 from isolator.core.inspector import Inspector
 from isolator.core.model import Endpoint, Outsider
@@ -59,6 +60,7 @@ class FakeMaps:
         generation: int,
         entries: Iterable[PolicyEntry],
         identities: Iterable[tuple[tuple[bytes, int], int]],
+        automata: Mapping[int, Automaton],
     ) -> None:
         if self.full is not None:
             raise self.full

@@ -199,7 +199,7 @@ on_exit:
         "isolator.yaml:3:30: empty: the folder holds no .yaml or .yml file: "
         "put a policy there, or remove it from the list",
         "isolator.yaml:4:17: 'datapath.xdp' cannot be 'of': did you mean off? It is one of off, native, generic",
-        "isolator.yaml:4:21: unknown key 'xpd' in 'datapath': did you mean 'xdp'? Known here: xdp",
+        "isolator.yaml:4:21: unknown key 'xpd' in 'datapath': did you mean 'xdp'? Known here: l7, xdp",
         "isolator.yaml:6:48: 'endpoints[0].labels.app' is text, not the number 1: put it in quotes, \"1\"",
         "isolator.yaml:6:51: 'endpoints[0].labels.-x': a label's key has letters, digits and inside also "
         "'.', '_', '-', '/': not '-x'",

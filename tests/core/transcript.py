@@ -32,6 +32,7 @@ class Half:
     record_seq: int = 0
     record: bytes = b""
     gate: int = 0
+    alone: bool = False
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Pinned:
     server: Half = field(default_factory=lambda: Half(SERVER, SERVER, record_seq=SERVER))
     profile: int = 1
     generation: int = 7
+    automaton: int = 0
     incarnation: int = 1
     initiator: Direction = Direction.INGRESS
     live: bool = True

@@ -259,7 +259,7 @@ def test_what_a_crash_left_of_a_policy_never_comes_into_force(folder: Path) -> N
     with Datapath.open(folder) as first:
         first.write_policy(first.next_generation(), [Entry(1)], [((A, 128), 1)])
         died_at = first.next_generation()
-        first.maps["policy"].update(*_encode(died_at, Entry(2, port=22)))
+        first.maps["policy"].update(*_encode(died_at, Entry(2, port=22), {}))
         first.maps["identities"].update(identity_key(died_at, B, 128), bytes(4))
     with Datapath.open(folder) as second:
         generation = second.next_generation()
