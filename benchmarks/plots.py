@@ -11,8 +11,8 @@ from benchmarks.record import Record, Row
 from benchmarks.systems import BASELINE
 
 COLOURS = {
-    "direct": "#8a8f98", "isolator": "#d1495b", "haproxy": "#30638e", "nginx": "#3c8d5a", "envoy": "#7a4ea3",
-    "suricata": "#c98a1b", "iptables": "#5f9ea0", "nftables": "#3a7d7c",
+    "direct": "#8a8f98", "isolator": "#d1495b", "isolator-python": "#e8998d", "haproxy": "#30638e", "nginx": "#3c8d5a",
+    "envoy": "#7a4ea3", "suricata": "#c98a1b", "iptables": "#5f9ea0", "nftables": "#3a7d7c",
 }  # fmt: skip
 WIDE = 8.0
 PREFERRED = (("http", "c32, small head, 1k"), ("connect", "new connections"))

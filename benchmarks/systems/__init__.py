@@ -8,6 +8,7 @@ from benchmarks.systems.envoy import Envoy
 from benchmarks.systems.haproxy import Haproxy
 from benchmarks.systems.iptables import Iptables
 from benchmarks.systems.isolator import Isolator
+from benchmarks.systems.isolator_python import IsolatorPython
 from benchmarks.systems.nftables import Nftables
 from benchmarks.systems.nginx import Nginx
 from benchmarks.systems.suricata import Suricata
@@ -18,4 +19,14 @@ BASELINE = "direct"
 
 
 def all_systems() -> list[System]:
-    return [Direct(), Isolator(), Haproxy(), Nginx(), Envoy(), Suricata(), Iptables(), Nftables()]
+    return [
+        Direct(),
+        Isolator(),
+        IsolatorPython(),
+        Haproxy(),
+        Nginx(),
+        Envoy(),
+        Suricata(),
+        Iptables(),
+        Nftables(),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 from benchmarks.place import BULK, HOLD, HTTP, UPLOAD, Place, Route, wait_answer
 from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, more_paths, rule_path
@@ -45,13 +46,15 @@ NEWCOMER_LINE = (
 class Isolator:
     name, kind, layer7, refusal = "isolator", Kind.INLINE, True, "403"
     set_up = (
-        "One agent, both containers spliced (the policy selects the server). Layer 4 is decided in the kernel, HTTP "
-        "heads in Python, bodies pass in the kernel. Offloads untouched, XDP off, flow log as in the default "
-        "configuration."
+        "One agent, both containers spliced (the policy selects the server). The kernel decides layer 4 and requests "
+        "that its automaton accepts, Python the others; bodies pass in the kernel. Offloads untouched, XDP off, "
+        "flow log as in the default configuration."
     )
 
     def __init__(self) -> None:
         self._pid = 0
+        self._root = Path()
+        self._route = Route("web", API, "api")
 
     def missing(self) -> str:
         return ""
@@ -75,30 +78,30 @@ class Isolator:
         )
 
     def start(self, place: Place, policy: bool = True) -> Route:
-        (place.lab.root / "policies" / "api.yaml").write_text(self.config(policy=policy))
+        self._root = place.lab.root
+        (self._root / "policies" / "api.yaml").write_text(self.config(policy=policy))
         place.lab.start_agent()
         assert place.lab.agent is not None
         self._pid = place.lab.agent.pid
-        route = Route("web", API, "api")
-        wait_answer(place, route)
-        with (place.lab.root / "isolator.yaml").open("a") as file:
+        wait_answer(place, self._route)
+        with (self._root / "isolator.yaml").open("a") as file:
             file.write(NEWCOMER_LINE)
-        return route
+        return self._route
 
     def apply(self, place: Place, rules: int) -> None:
         self.edit(place, rules, False)
         path, expected = (rule_path(rules - 1), "404") if rules else (rule_path(0), "403")
         wait_for(
-            lambda: place.lab.curl("web", f"http://{API}{path}") == expected,
+            lambda: place.lab.curl(self._route.client, self._route.url(path)) == expected,
             f"the policy with {rules} more rules is not taken up",
             120,
         )
 
     def edit(self, place: Place, rules: int, extra: bool) -> None:
         """The file is replaced; the agent looks for that once a second."""
-        draft = place.lab.root / "draft"
+        draft = self._root / "draft"
         draft.write_text(self.config(rules, extra=extra))
-        draft.replace(place.lab.root / "policies" / "api.yaml")
+        draft.replace(self._root / "policies" / "api.yaml")
 
     def stop(self, place: Place) -> None:
         place.lab.stop_agent(signal.SIGTERM)
