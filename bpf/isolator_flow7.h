@@ -100,6 +100,8 @@ static __always_inline void acknowledge(struct half *client, __u32 ack)
 	__sync_val_compare_and_swap(&client->acked, acked, ack); /* lost race: the next acknowledgement says it again */
 }
 
+#define ANSWER_KEPT 512 /* bytes: most heads are shorter; where the answer ends that one does not show, time tells */
+
 /* The server's half moves on with its payload; the beginning of the answer is kept. */
 static __always_inline void follow_answer(struct __sk_buff *skb, struct half *server, const struct packet *p)
 {
@@ -108,9 +110,9 @@ static __always_inline void follow_answer(struct __sk_buff *skb, struct half *se
 	int i;
 
 	if (server->record_len == 0 && p->seq == server->record_seq) {
-		if (length > RECORD_MAX)
-			length = RECORD_MAX;
-		if (length > 0 && length <= RECORD_MAX &&
+		if (length > ANSWER_KEPT)
+			length = ANSWER_KEPT;
+		if (length > 0 && length <= ANSWER_KEPT &&
 		    !bpf_skb_load_bytes(skb, p->payload_at, server->record, length))
 			server->record_len = length;
 	}
@@ -265,7 +267,7 @@ static __noinline int checksum_is_wrong(struct __sk_buff *skb, const struct pack
 	if (!p)
 		return 0;
 	length = p->payload_at - p->l4 + p->payload;
-	sum = pseudo_sum(p, length);
+	sum = pseudo_sum(pseudo_ends(p), length);
 	if (bpf_skb_load_bytes(skb, p->l4 + 16, &check, sizeof(check)) || check == sum)
 		return 0;
 	copy = bpf_map_lookup_elem(&payload_scratch, &zero);
@@ -292,7 +294,7 @@ static __noinline int checksum_is_wrong(struct __sk_buff *skb, const struct pack
 static __always_inline int may_accept(struct __sk_buff *skb, struct flow7 *f, struct half *client, struct half *server,
 				      const struct packet *p, __u64 word)
 {
-	return f->automaton && WORD_OWNER(word) == OWNER_KERNEL && WORD_NEXT(word) == p->seq &&
+	return f->automaton && !is_held(client) && WORD_OWNER(word) == OWNER_KERNEL && WORD_NEXT(word) == p->seq &&
 	       client->acked == p->seq && p->payload <= RECORD_MAX && !skb->gso_size &&
 	       (p->flags & ~TCP_PSH) == TCP_ACK && !(client->flags & (HALF_FIN | HALF_RST)) &&
 	       p->ack == WORD_NEXT(server->word) && (server->record_seq != p->ack || p->seq == f->start);
@@ -319,24 +321,20 @@ __noinline int settle(struct half *client, __u64 before, __u32 next, int owner)
 }
 
 /* A head that the automaton accepts: the rule, by which it goes on. Else 0, and nothing has changed but that the record,
- * which nobody needs any more, is empty. */
-__noinline int accept_head(struct __sk_buff *skb, struct flow7 *f, const struct packet *p)
+ * which nobody needs any more, is empty. `word`: the half's, for which may_accept() holds. */
+__noinline int accept_head(struct __sk_buff *skb, struct flow7 *f, const struct packet *p, __u64 word)
 {
 	struct half *client, *server;
 	struct reader reader = {};
 	__u32 length, rule = 0;
-	__u64 word;
 
 	if (!f || !p)
 		return 0;
 	client = &f->half[f->initiator & 1];
 	server = &f->half[(f->initiator & 1) ^ 1];
-	word = client->word;
 	length = p->payload;
 	reader.state = f->automaton;
 	reader.length = length;
-	if (!may_accept(skb, f, client, server, p, word) || is_held(client) || checksum_is_wrong(skb, p))
-		return 0;
 	if (__sync_val_compare_and_swap(&client->word, word, word + WORD(0, OWNER_BUSY, 0)) != word)
 		return 0;
 	WRITE_ONCE(client->record_len, 0);
@@ -370,6 +368,7 @@ static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f
 {
 	__u32 next = WORD_NEXT(client->word), acked = client->acked;
 	__u32 end = p->seq + p->payload;
+	__u64 word;
 	int equal;
 
 	if (!after(end, acked)) /* R4; where a FIN would then lie below `acked`, Python builds a right one */
@@ -377,7 +376,9 @@ static __always_inline int client_payload(struct __sk_buff *skb, struct flow7 *f
 	if (after(end, next)) {
 		if (client->flags & (HALF_FIN | HALF_RST))
 			return STEP_DROP | REASON_TCP_STATE;
-		*accepted = accept_head(skb, f, p);
+		word = client->word;
+		if (may_accept(skb, f, client, server, p, word) && !checksum_is_wrong(skb, p))
+			*accepted = accept_head(skb, f, p, word);
 		return *accepted ? STEP_FORWARD : needs_python(f, client, PUNT_PAYLOAD);
 	}
 	if (after(acked, p->seq))

@@ -286,16 +286,25 @@ static __always_inline int read_packet(void *data, void *end, struct packet *p, 
 	return REASON_ETHERTYPE;
 }
 
-/* The one's complement sum of TCP's pseudo header (RFC 9293 section 3.1), folded. A mapped address's
- * prefix, ffff, adds nothing to it. */
-static __always_inline __u16 pseudo_sum(const struct packet *p, __u32 length)
+/* The one's complement sum of TCP's pseudo header (RFC 9293 section 3.1): of what does not change, and whole, folded. A
+ * mapped address's prefix, ffff, adds nothing to it. */
+static __always_inline __u64 pseudo_ends(const struct packet *p)
 {
-	__s64 sum;
+	__u64 sum = bpf_htons(IPPROTO_TCP);
+	int i;
 
-	sum = bpf_csum_diff(0, 0, (__be32 *)p->source, 16, bpf_htonl(length));
-	sum = bpf_csum_diff(0, 0, (__be32 *)p->destination, 16, sum);
-	sum += bpf_htons(IPPROTO_TCP);
-	sum = (sum & 0xffff) + ((__u64)sum >> 16);
+#pragma clang loop unroll(disable) vectorize(disable)
+	for (i = 0; i < 4; i++)
+		sum += (__u64)((const __u32 *)p->source)[i] + ((const __u32 *)p->destination)[i];
+	return sum;
+}
+
+static __always_inline __u16 pseudo_sum(__u64 ends, __u32 length)
+{
+	__u64 sum = ends + bpf_htonl(length);
+
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	return sum;

@@ -202,6 +202,7 @@ static __noinline int cut_payload(struct __sk_buff *skb, const struct packet *p)
 	__u32 header, at;
 	__u8 tcp[60] __attribute__((aligned(8))) = {};
 	__u16 check, length;
+	__u64 ends;
 	__s64 sum;
 
 	if (!p)
@@ -212,7 +213,8 @@ static __noinline int cut_payload(struct __sk_buff *skb, const struct packet *p)
 		return -1;
 	if (bpf_skb_load_bytes(skb, at + 16, &check, 2))
 		return -1;
-	int partial = check == pseudo_sum(p, header + p->payload);
+	ends = pseudo_ends(p);
+	int partial = check == pseudo_sum(ends, header + p->payload);
 	__u16 old = p->version == 4 ? bpf_htons(p->l4 - ETH_HLEN + header + p->payload) : 0;
 
 	if (bpf_skb_change_tail(skb, p->payload_at, 0))
@@ -229,13 +231,13 @@ static __noinline int cut_payload(struct __sk_buff *skb, const struct packet *p)
 	}
 	check = 0;
 	if (partial) {
-		check = pseudo_sum(p, header);
+		check = pseudo_sum(ends, header);
 	} else {
 		bpf_skb_store_bytes(skb, at + 16, &check, 2, 0);
 		header &= 0x3c;
 		if (header < 20 || header > 60 || bpf_skb_load_bytes(skb, at, tcp, header))
 			return -1;
-		sum = bpf_csum_diff(0, 0, (__be32 *)tcp, sizeof(tcp), pseudo_sum(p, header));
+		sum = bpf_csum_diff(0, 0, (__be32 *)tcp, sizeof(tcp), pseudo_sum(ends, header));
 		sum = (sum & 0xffff) + ((__u64)sum >> 16);
 		sum = (sum & 0xffff) + (sum >> 16);
 		check = ~sum;
@@ -292,9 +294,7 @@ static __always_inline int flow7_step(struct __sk_buff *skb, struct context *c, 
 	__u32 accepted = 0;
 	int step = inspect(skb, f, p, c->direction, &accepted);
 
-	__sync_fetch_and_add(&f->packets[c->direction & 1], 1);
-	__sync_fetch_and_add(&f->bytes[c->direction & 1], p->length);
-	f->last_seen = now_ns();
+	count_packet(f->packets, f->bytes, &f->last_seen, p, c->direction, now_ns());
 	c->rule = f->rule;
 	c->identity = f->identity;
 	c->flags = f->flags;
@@ -573,10 +573,24 @@ static __always_inline int classify(struct __sk_buff *skb, const struct port *po
 	return reason ? drop(c, none, reason) : forward(port, multicast);
 }
 
+/* Pulls no more than what is read directly: each byte of payload that comes along costs a new head. */
+static __always_inline int headers_are_linear(struct __sk_buff *skb)
+{
+	__u32 need = HEADERS_MAX;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		need = ETH_HLEN + sizeof(struct iphdr) + sizeof(struct tcphdr);
+	else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+		need = ETH_HLEN + sizeof(struct ipv6hdr) + sizeof(struct tcphdr);
+	if (need > skb->len)
+		need = skb->len;
+	return (long)skb->data + need <= (long)skb->data_end || !bpf_skb_pull_data(skb, need);
+}
+
 SEC("tc")
 int isolator_tc(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex, headers = skb->len < HEADERS_MAX ? skb->len : HEADERS_MAX;
+	__u32 ifindex = skb->ifindex;
 	struct port *port = bpf_map_lookup_elem(&ports, &ifindex);
 	struct control *control = the_control();
 	struct context c = {.ifindex = ifindex, .length = skb->len};
@@ -586,7 +600,7 @@ int isolator_tc(struct __sk_buff *skb)
 		return drop(&c, &none, REASON_NO_POLICY);
 	c.direction = port->side == SIDE_CONTAINER ? EGRESS : INGRESS;
 	c.generation = control->generation;
-	if ((long)skb->data + headers > (long)skb->data_end && bpf_skb_pull_data(skb, headers))
+	if (!headers_are_linear(skb))
 		return drop(&c, &none, REASON_MALFORMED);
 	none.endpoint = port->endpoint;
 	return classify(skb, port, &c, &none);
