@@ -241,7 +241,7 @@ def texts(value: Any, key: str) -> Iterator[tuple[int, str]]:
 
 def duplicate_endpoints(document: Document) -> Iterator[Problem]:
     """Names and interfaces that stand twice: an endpoint is one interface, and is known by its name."""
-    lines: dict[tuple[str, ...], int] = {}
+    places: dict[tuple[str, ...], Path_] = {}
     for at, endpoint in mappings(document.value, "endpoints"):
         path: Path_ = ("endpoints", at)
         name, netns, interface = (endpoint.get(key) for key in ("name", "netns", "interface"))
@@ -252,9 +252,9 @@ def duplicate_endpoints(document: Document) -> Iterator[Problem]:
             what = f"{interface or 'eth0'} in netns {netns!r}: remove one of them"
             claims["interface", netns, str(interface or "eth0")] = (path, what)
         for key, (where, what) in claims.items():
-            if key in lines:
-                yield document.problem(where, f"the endpoint in line {lines[key]} has {what}")
-            lines.setdefault(key, document.values[where][0])
+            if key in places:
+                yield document.problem(where, f"the endpoint in line {document.line(places[key])} has {what}")
+            places.setdefault(key, where)
 
 
 # -- policies ----------------------------------------------------------------------------------------------
@@ -313,15 +313,13 @@ def findings(document: Document) -> list[Problem]:
 
 
 def duplicate_policies(documents: Iterable[Document]) -> Iterator[Problem]:
-    places: dict[str, str] = {}
+    first: dict[str, Document] = {}
     for document in documents:
         name = inside(document.value, "metadata").get("name")
         if not isinstance(name, str):
             continue
         path: Path_ = ("metadata", "name")
-        place = f"{document.file}:{document.values[path][0]}"
-        if name in places:
-            yield document.problem(
-                path, f"{places[name]} is policy {name!r} already: name each policy differently"
-            )
-        places.setdefault(name, place)
+        if name in first:
+            place = f"{first[name].file}:{first[name].line(path)}"
+            yield document.problem(path, f"{place} is policy {name!r} already: name each policy differently")
+        first.setdefault(name, document)

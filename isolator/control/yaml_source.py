@@ -3,14 +3,19 @@
 YAML 1.2: `off`, `yes` and `no` are text. Besides what the syntax forbids, three things that YAML lets pass
 and people do not mean are problems here: a key that stands twice, a key without a value, and a merge key.
 
-    file → text → nodes (ruamel.yaml) → Document: values, and for each path a mark
+    file → text ─┬─ plain: values (yaml_quick.py) ─────────┬→ Document
+                 └─ else: nodes (ruamel.yaml) → values and ┘
+                          for each path a mark
+
+The marks of a plain document are read when somebody asks for the first one, which only what is wrong makes anybody do.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.scanner import Scanner
 
 from isolator.control.problems import Problem
+from isolator.control.yaml_quick import read_values
 
 FILE_MAX = 4 << 20
 """Bytes of a file: some 50,000 rules."""
@@ -54,7 +60,8 @@ class ShallowScanner(Scanner):
 
 @dataclass(slots=True)
 class Document:
-    """One YAML document. `keys`, `values`: path → (line, column) from 1; `broken`: reported already."""
+    """One YAML document. `keys`, `values`: path → (line, column) from 1; `broken`: reported already. `marked`: it has
+    no marks yet, and this reads it once more, with them."""
 
     file: str
     value: Any = None
@@ -62,9 +69,21 @@ class Document:
     values: dict[Path_, Mark] = field(default_factory=dict)
     broken: set[Path_] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    marked: Callable[[], Document] | None = None
+
+    def line(self, path: Path_) -> int:
+        """Where the value there stands."""
+        self._mark()
+        return self.values[path][0]
+
+    def _mark(self) -> None:
+        if self.marked is not None:
+            document, self.marked = self.marked(), None
+            self.keys, self.values = document.keys, document.values
 
     def problem(self, path: Path_, message: str, at_key: bool = False, warning: bool = False) -> Problem:
         """A problem at the value there, or at its key; at what surrounds it, if it is not there."""
+        self._mark()
         while path not in self.values and path:
             path = path[:-1]
         marks = self.keys if at_key and path in self.keys else self.values
@@ -103,6 +122,18 @@ def parse_documents(
         good = data[: error.start]
         line, column = good.count(b"\n") + 1, len(good) - (good.rfind(b"\n") + 1) + 1
         return [], [Problem(file, line, column, "this is not UTF-8: save it as UTF-8")]
+    values = read_values(text, nodes_max, DEPTH_MAX, scalar)
+    if not values:
+        return parse_carefully(text, file, nodes_max)
+    carefully = cache(partial(parse_carefully, text, file, nodes_max))
+
+    def marked(at: int) -> Document:
+        return carefully()[0][at]
+
+    return [Document(file, value, marked=partial(marked, at)) for at, value in enumerate(values)], []
+
+
+def parse_carefully(text: str, file: str, nodes_max: int) -> tuple[list[Document], list[Problem]]:
     yaml = YAML(typ="safe", pure=True)
     yaml.Scanner = ShallowScanner
     try:
@@ -193,23 +224,14 @@ class Builder:
                 yield key, self._value(value_node, (*path, key))
 
     def _scalar(self, node: Node, path: Path_) -> Any:
-        kind, text = str(node.tag).removeprefix(TAG), node.value
-        match kind:
-            case "null":
-                self._empty(node, path)
-                return None
-            case "bool":
-                return text.lower() == "true"
-            case "int" if INTEGER.fullmatch(text):
-                return int(text) if len(text) < 20 else text
-            case "int" if PREFIXED.fullmatch(text):
-                return int(text, 0) if len(text) < 20 else text
-            case "float" if (number := number_of(text)) is not None:
-                return number
-            case "str" | "int" | "float" | "timestamp":
-                return text
-        self._complain(path, node, f"the tag {node.tag} is not supported: remove it")
-        return None
+        kind = str(node.tag).removeprefix(TAG)
+        if kind == "null":
+            self._empty(node, path)
+            return None
+        value = scalar(kind, node.value)
+        if value is None:
+            self._complain(path, node, f"the tag {node.tag} is not supported: remove it")
+        return value
 
     def _empty(self, node: Node, path: Path_) -> None:
         if path in self._document.keys:
@@ -219,6 +241,22 @@ class Builder:
             self._document.broken.add(path)
         else:
             self._complain(path, node, "an empty value: write one, or remove it")
+
+
+def scalar(kind: str, text: str) -> str | bool | int | float | None:
+    """The value of a scalar whose tag is of this kind; None: of no kind that is read."""
+    match kind:
+        case "bool":
+            return text.lower() == "true"
+        case "int" if INTEGER.fullmatch(text):
+            return int(text) if len(text) < 20 else text
+        case "int" if PREFIXED.fullmatch(text):
+            return int(text, 0) if len(text) < 20 else text
+        case "float" if (number := number_of(text)) is not None:
+            return number
+        case "str" | "int" | "float" | "timestamp":
+            return text
+    return None
 
 
 def number_of(text: str) -> float | None:
