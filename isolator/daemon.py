@@ -32,7 +32,7 @@ from isolator.control.agent_view import (
     PolicyStatus,
     RestoreResult,
 )
-from isolator.control.config import Config, PolicySource, load
+from isolator.control.config import Config, PolicyFiles, PolicySource, load
 from isolator.control.engine import host_netns
 from isolator.control.flowlog import FlowLog, FlowVerdict
 from isolator.control.netns_runtime import NetnsRuntime
@@ -80,7 +80,8 @@ class Agent:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        loaded = load(path)
+        files = PolicyFiles()
+        loaded = load(path, files)
         self._names = Names.of(loaded.config.state_dir)
         self.flow_log = FlowLog()
         self._started = time.time()
@@ -97,7 +98,7 @@ class Agent:
         closed = loaded.config.new_containers == "closed"
         self._admission = Admission(self._gate, closed, self._names.netns, self._runtime, self._work)
         self._policy = Enforcement(
-            path, loaded, self._node, self._roster, self._inspector, self._recorder, self._work
+            path, loaded, self._node, self._roster, self._inspector, self._recorder, self._work, files
         )
         self._endpoints = Endpoints(
             self._runtime, self._node, self._policy, self._roster, self._admission, self._work,

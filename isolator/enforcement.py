@@ -20,7 +20,7 @@ from typing import Protocol
 
 import structlog
 
-from isolator.control.config import Config, Loaded, PolicySource, load
+from isolator.control.config import Config, Loaded, PolicyFiles, PolicySource, load
 from isolator.control.label_budget import first_come, give_way, within_budget
 from isolator.control.label_policy import asks_for_policy, label_policies, own_labels
 from isolator.control.problems import ConfigErrors, errors_in
@@ -78,7 +78,7 @@ class Known:
 
 class Enforcement:
     """`config` and `sources`, the files' policies, are those in force. `errors`: what the last reload found wrong.
-    `trouble`: why the policy in force is older than what is known, or None."""
+    `trouble`: why the policy in force is older than what is known, or None. `files` has read what was `loaded`."""
 
     def __init__(
         self,
@@ -89,6 +89,7 @@ class Enforcement:
         inspector: Inspector,
         recorder: Recorder,
         work: Worker,
+        files: PolicyFiles | None = None,
     ) -> None:
         self.path = path
         self.config, self.sources = loaded.config, loaded.sources
@@ -103,6 +104,7 @@ class Enforcement:
             LabelSet, PolicySource
         ] = {}  # and was: nothing is parsed twice; who went last comes last
         self._refused: tuple[Known, float] | None = None  # and since when
+        self._files = files or PolicyFiles()
         self._stamps = stamps(path, loaded.config)
         self.automata = Automata()
 
@@ -237,7 +239,7 @@ class Enforcement:
 
     async def _reload(self) -> list[str]:
         try:
-            loaded = await self._work(load, self.path)
+            loaded = await self._work(load, self.path, self._files)
         except ConfigErrors as error:
             return [str(problem) for problem in error.problems]
         except Exception as error:  # files may hold anything; what their reader trips over is theirs

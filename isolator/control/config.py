@@ -22,7 +22,7 @@ from isolator.control.findings import inside, mappings, policy_findings
 from isolator.control.problems import ConfigErrors, Problem, raise_errors
 from isolator.control.schema import PolicyModel
 from isolator.control.validation import Strict, validate
-from isolator.control.yaml_source import Document, Path_, read_documents
+from isolator.control.yaml_source import Document, Path_, parse_documents, read_documents, read_file
 from isolator.core.policy import Policy
 
 STATE_DIR_MAX = 90
@@ -145,10 +145,11 @@ class Loaded:
 # -- the config and all it names ---------------------------------------------------------------------------
 
 
-def load(path: Path | str) -> Loaded:
-    """The config and its policies. Raises ConfigErrors with the problems of all files."""
+def load(path: Path | str, files: PolicyFiles | None = None) -> Loaded:
+    """The config and its policies. `files` knows those that were read before. Raises ConfigErrors with the problems
+    of all files."""
     config, named, problems = read_config(Path(path))
-    sources, found = read_policies(named)
+    sources, found = (files or PolicyFiles()).read(named)
     problems += found
     if config is None:
         raise ConfigErrors([problem for problem in problems if not problem.warning])
@@ -281,27 +282,53 @@ def files_in(path: Path) -> list[Path]:
     )
 
 
-def read_policies(paths: Sequence[Path]) -> tuple[list[PolicySource], list[Problem]]:
-    files = dict.fromkeys(file for path in paths for file in files_in(path))
-    documents: list[Document] = []
-    problems: list[Problem] = []
-    for file in files:
-        found, wrongs = read_documents(file)
-        documents += found
-        problems += wrongs
-    sources = []
+@dataclass(frozen=True, slots=True)
+class PolicyFile:
+    """What one file says by itself."""
+
+    data: bytes
+    documents: list[Document] = field(default_factory=list)
+    sources: list[PolicySource] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+class PolicyFiles:
+    """Reads policies, again and again: a file that says what it said last time is not parsed anew, and its sources are
+    the same objects. For one thread."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, PolicyFile] = {}
+
+    def read(self, paths: Sequence[Path]) -> tuple[list[PolicySource], list[Problem]]:
+        files = dict.fromkeys(file for path in paths for file in files_in(path))
+        self._known = {file: self._file(file) for file in files}
+        found = list(self._known.values())
+        problems = [problem for each in found for problem in each.problems]
+        problems += duplicate_policies(document for each in found for document in each.documents)
+        return [source for each in found for source in each.sources], sorted(problems)
+
+    def _file(self, file: Path) -> PolicyFile:
+        data = read_file(file)
+        if isinstance(data, Problem):
+            return PolicyFile(b"", problems=[data])
+        known = self._known.get(file)
+        return known if known is not None and known.data == data else policy_file(data, str(file))
+
+
+def policy_file(data: bytes, file: str) -> PolicyFile:
+    documents, problems = parse_documents(data, file)
+    read = PolicyFile(data, documents, [], problems)
     for document in documents:
-        model, found_problems = validate(document, PolicyModel)
-        found_problems += findings(document)
-        problems += found_problems
-        if (
-            model is not None
-            and not document.problems
-            and not any(not each.warning for each in found_problems)
-        ):
-            sources.append(PolicySource(model.to_core(), document.file, document.value))
-    problems += duplicate_policies(documents)
-    return sources, sorted(problems)
+        model, found = validate(document, PolicyModel)
+        found += findings(document)
+        read.problems.extend(found)
+        if model is not None and not document.problems and all(each.warning for each in found):
+            read.sources.append(PolicySource(model.to_core(), document.file, document.value))
+    return read
+
+
+def read_policies(paths: Sequence[Path]) -> tuple[list[PolicySource], list[Problem]]:
+    return PolicyFiles().read(paths)
 
 
 def findings(document: Document) -> list[Problem]:

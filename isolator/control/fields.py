@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from ipaddress import IPv6Network, ip_network
+from functools import lru_cache
+from ipaddress import IPv6Network, ip_address, ip_network
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema
@@ -64,13 +65,14 @@ def check_cidr(value: str) -> None:
     parse_network(value)
 
 
+@lru_cache(131072)  # checked, it is made; and an edit leaves most as they are
 def parse_network(value: str) -> Network:
     """Raises `wrong` for what is no network, has host bits, or hides IPv4 in IPv6."""
     try:
         network = ip_network(value, strict=False)
     except ValueError:
         raise wrong(f"{value!r} is no network: write one like 10.9.0.0/16 or fd00::/8") from None
-    if str(network.network_address) != str(ip_network(value.partition("/")[0]).network_address):
+    if int(network.network_address) != int(ip_address(value.partition("/")[0])):
         raise wrong(f"{value} names an address inside a network: write {network}, or {value.split('/')[0]}")
     if isinstance(network, IPv6Network) and network.subnet_of(MAPPED):
         raise wrong(f"{value} is IPv4 written as IPv6: write it as IPv4, like 10.0.0.0/8")
@@ -86,9 +88,12 @@ def check_method(value: str) -> None:
         raise wrong(f"methods are case-sensitive (RFC 9110 section 9.1): write {value.upper()}")
 
 
+path_pattern = lru_cache(32768)(PathPattern)  # likewise
+
+
 def check_path(value: str) -> None:
     try:
-        PathPattern(value)
+        path_pattern(value)
     except PatternError as error:
         raise wrong(str(error)) from error
 

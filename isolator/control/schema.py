@@ -30,10 +30,11 @@ from isolator.control.fields import (
     PathText,
     Port,
     parse_network,
+    path_pattern,
 )
 from isolator.control.validation import Strict
 from isolator.core.model import Direction
-from isolator.core.pattern import HostPattern, PathPattern
+from isolator.core.pattern import HostPattern
 from isolator.core.policy import (
     ANY_PORT,
     PROTOCOLS,
@@ -106,7 +107,7 @@ class HttpModel(Strict):
     def to_core(self) -> HttpRule:
         return HttpRule(
             frozenset(self.methods) if self.methods is not None else None,
-            PathPattern(self.path) if self.path is not None else None,
+            path_pattern(self.path) if self.path is not None else None,
             tuple(map(HostPattern, self.hosts or ())),
             tuple(
                 (name.lower(), None if value is True else value)

@@ -94,17 +94,21 @@ class Document:
         return any(path[:length] in self.broken for length in range(len(path) + 1))
 
 
-def read_documents(path: Path, file: str | None = None) -> tuple[list[Document], list[Problem]]:
-    """The documents of a file. `file`: its name in messages. Never raises; what is wrong are problems."""
-    file = str(path) if file is None else file
+def read_documents(path: Path) -> tuple[list[Document], list[Problem]]:
+    """The documents of a file. Never raises; what is wrong are problems."""
+    data = read_file(path)
+    return ([], [data]) if isinstance(data, Problem) else parse_documents(data, str(path))
+
+
+def read_file(path: Path) -> bytes | Problem:
     try:
         with path.open("rb") as stream:
             data = stream.read(FILE_MAX + 1)
     except OSError as error:
-        return [], [Problem(file, 1, 1, unreadable(error))]
+        return Problem(str(path), 1, 1, unreadable(error))
     if len(data) > FILE_MAX:
-        return [], [Problem(file, 1, 1, f"larger than {FILE_MAX >> 20} MiB: split it into several files")]
-    return parse_documents(data, file)
+        return Problem(str(path), 1, 1, f"larger than {FILE_MAX >> 20} MiB: split it into several files")
+    return data
 
 
 def unreadable(error: OSError) -> str:

@@ -181,7 +181,7 @@ def settle(
     outcomes: dict[tuple[int, int], Outcome] = {}
     for pair in widest_first(at_match):
         found = set().union(*(at_match.get(wider, ()) for wider in (pair, *widened(pair))))
-        outcome = weigh(selecting, (covering[at] for at in sorted(found)))
+        outcome = weigh(selecting, (covering[at] for at in sorted(found))) if found else default
         if outcome != next((outcomes[wider] for wider in widened(pair) if wider in outcomes), default):
             outcomes[pair] = outcome
     return list(outcomes.items())

@@ -25,6 +25,8 @@ PATTERN_MAX = 1024
 """Characters of a pattern."""
 
 REGEX = "regex:"
+REST = "/**"
+WILD = re.compile(r"[*{]")
 NAMED = re.compile(r"\{[A-Za-z_][A-Za-z0-9_-]*\}")
 PARAMETER = re.compile(";|%3B", re.IGNORECASE)
 ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}")
@@ -39,17 +41,25 @@ class PatternError(ValueError):
 class PathPattern:
     """A path pattern, compiled. Raises PatternError. Patterns with the same text are equal."""
 
-    __slots__ = ("_glob", "_regex", "source")
+    __slots__ = ("_glob", "_prefix", "_regex", "source")
 
     def __init__(self, source: str) -> None:
         self.source = source
         self._regex: Regex | None = None
+        self._glob: re.Pattern[str] | None = None
+        self._prefix: str | None = None
         if len(source) > PATTERN_MAX:
             raise PatternError(f"a pattern has at most {PATTERN_MAX} characters")
         if source.startswith(REGEX):
             self._regex = path_regex(source[len(REGEX) :])
+            return
+        expression = glob_expression(source)
+        if not WILD.search(
+            source.removesuffix(REST)
+        ):  # most are plain text, and an expression takes long to make
+            self._prefix = source.removesuffix(REST) if source.endswith(REST) else None
         else:
-            self._glob = re.compile(glob_expression(source), re.DOTALL)
+            self._glob = re.compile(expression, re.DOTALL)
 
     def matches(self, path: str) -> bool:
         """`path`: normalised, without the query."""
@@ -57,7 +67,11 @@ class PathPattern:
             path = unquote(path)
         if self._regex is not None:
             return self._regex.matches(path)
-        return self._glob.fullmatch(path) is not None
+        if self._glob is not None:
+            return self._glob.fullmatch(path) is not None
+        if self._prefix is not None:
+            return path.startswith(self._prefix) and path[len(self._prefix) :][:1] in ("", "/")
+        return path == self.source
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PathPattern) and other.source == self.source

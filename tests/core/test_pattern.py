@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+from urllib.parse import unquote
 
-from isolator.core.pattern import HostPattern, PathPattern, PatternError, without_parameters
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isolator.core.pattern import (
+    HostPattern,
+    PathPattern,
+    PatternError,
+    glob_expression,
+    without_parameters,
+)
 
 PATHS = [
     ("/", "/", True),
@@ -42,6 +53,22 @@ PATHS = [
 @pytest.mark.parametrize(("pattern", "path", "expected"), PATHS)
 def test_paths(pattern: str, path: str, expected: bool) -> None:
     assert PathPattern(pattern).matches(path) is expected
+
+
+SEGMENTS = st.sampled_from(["a", "b", "a.b", "é", "%41", "\n", ""])
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "a.b", "é", "*", "{id}"]), max_size=3),
+    st.sampled_from(["", "/", "/**"]),
+    st.lists(SEGMENTS, max_size=4),
+)
+def test_plain_patterns_match_what_their_expression_does(
+    segments: list[str], end: str, path: list[str]
+) -> None:
+    pattern, there = "".join(f"/{each}" for each in segments) + end or "/", "/".join(["", *path])
+    expression = re.compile(glob_expression(pattern), re.DOTALL)
+    assert PathPattern(pattern).matches(there) is (expression.fullmatch(unquote(there)) is not None)
 
 
 WRONG_PATHS = [
