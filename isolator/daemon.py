@@ -39,6 +39,7 @@ from isolator.control.netns_runtime import NetnsRuntime
 from isolator.control.problems import ConfigErrors, errors_in
 from isolator.control.runtime import Runtime, RuntimeAwayError
 from isolator.control.starts import Starts
+from isolator.control.watch import FileWatch
 from isolator.core.compile import PolicyTooLarge
 from isolator.core.explain import Explanation, Question, explain
 from isolator.core.inspector import Inspector
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 BEAT_EVERY = 0.25  # s
 TICK_EVERY = 0.02  # s, while a flow waits for time to pass
 ADDRESSES_EVERY = 1.0  # s
-FILES_EVERY = 1.0  # s
+FILES_EVERY = 5.0  # s, for changes of files that the kernel does not tell of
 AGE_EVERY = 5.0  # s
 NICE = -15  # packets wait for this process: where CPUs are scarce, it has to run as soon as one is there
 
@@ -97,6 +98,7 @@ class Agent:
         self._gate = Gate(str(host), self._names.netns) if host is not None else None
         closed = loaded.config.new_containers == "closed"
         self._admission = Admission(self._gate, closed, self._names.netns, self._runtime, self._work)
+        self._watch = FileWatch()
         self._policy = Enforcement(
             path, loaded, self._node, self._roster, self._inspector, self._recorder, self._work, files
         )
@@ -170,7 +172,7 @@ class Agent:
     def _start_tasks(self) -> None:
         every = (
             (ADDRESSES_EVERY, self._endpoints.refresh),
-            (FILES_EVERY, self._watch_files),
+            (0.0, self._watch_files),
             (AGE_EVERY, self._age),
         )
         for seconds, work in every:
@@ -208,6 +210,7 @@ class Agent:
         if server is not None:
             await server.stop()
         await self._work.close()
+        self._watch.close()
         loop, node = asyncio.get_running_loop(), self._node
         for fd in (node.ring.fileno(), node.doorbell.fileno(), node.datapath.maps["events"].fd):
             loop.remove_reader(fd)
@@ -254,7 +257,11 @@ class Agent:
     # -- files ----------------------------------------------------------------------------------------------
 
     async def _watch_files(self) -> None:
-        if self._policy.files_changed():
+        """Again and again: a burst of changes, or the time to look in any case."""
+        await self._work(self._watch.aim, self._policy.files)
+        if not self._policy.files_changed():
+            await self._watch.burst(FILES_EVERY)
+        else:
             await self._reload_told()
 
     async def _reload_told(self) -> None:
@@ -389,6 +396,7 @@ async def repeat(seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) 
             await work()
         except Exception as error:  # it runs as long as the agent: no round may be the last
             log.error("periodic work failed", work=getattr(work, "__name__", "work"), error=repr(error))
+            await asyncio.sleep(BEAT_EVERY)  # some has no time of its own
 
 
 def restore_without_agent(state_dir: Path, names: Sequence[str]) -> list[str]:

@@ -265,6 +265,11 @@ class Enforcement:
             return [f"{self.path}: the policy before cannot be written anew either, {stays}: {error}"]
         return []
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those that policy depended on when they were last looked at."""
+        return tuple(self._stamps)
+
     def files_changed(self) -> bool:
         """Whether any file that policy depends on differs from the last time this was asked."""
         before, self._stamps = self._stamps, stamps(self.path, self.config)
