@@ -241,7 +241,7 @@ struct flow7 {
 	__u8 reason;
 	__u32 start;       /* the client's first sequence number in this incarnation */
 	__u32 automaton;   /* the profile's, see policy_value */
-	__u32 pad;
+	__u32 server_start; /* the server's */
 	struct half half[2]; /* by direction */
 };
 

@@ -34,7 +34,16 @@ static __always_inline int agent_is_up(void)
 	return c && (__s64)(bpf_ktime_get_ns() - c->heartbeat) < (__s64)c->heartbeat_max;
 }
 
-/* R9: the SYN-ACK for the pending SYN begins a new incarnation; nothing of the old one remains. */
+/* Nobody else changes the half until its word is set; whoever is at it ends first. */
+static __always_inline int claim(struct half *half, __u32 next)
+{
+	__u64 word = half->word;
+
+	return WORD_OWNER(word) != OWNER_BUSY && WORD_NEXT(word) == next &&
+	       __sync_val_compare_and_swap(&half->word, word, WORD(WORD_NEXT(word), OWNER_BUSY, WORD_PUNTS(word))) == word;
+}
+
+/* R9: the SYN-ACK for the pending SYN begins a new incarnation; nothing of the old one remains. The half is claimed. */
 static __always_inline void incarnate(struct flow7 *f, struct half *client, struct half *server, const struct packet *p)
 {
 	__builtin_memset(client->windows, 0, sizeof(client->windows));
@@ -49,25 +58,38 @@ static __always_inline void incarnate(struct flow7 *f, struct half *client, stru
 	server->record_seq = p->seq + 1;
 	server->record_len = 0;
 	f->flags &= ~FLOW_PASSED_OPEN;
+	f->start = p->ack;
+	f->server_start = p->seq + 1;
+	f->incarnation++;
 	__sync_lock_test_and_set(&server->word, WORD(p->seq + 1, OWNER_KERNEL, 0));
 	__sync_lock_test_and_set(&client->word, WORD(p->ack, f->automaton ? OWNER_KERNEL : OWNER_PYTHON, 0));
-	f->start = p->ack;
-	f->incarnation++;
 	f->state = FLOW7_LIVE;
 }
 
 /* A SYN sent again while the server may not have seen what followed it: the answer to it would move the boundary
- * back over bytes under way. Once the server has acknowledged any, or reset, it answers no old SYN. */
-static __always_inline int is_repeated(struct flow7 *f, struct half *client, struct half *server, const struct packet *p)
+ * back over bytes under way. Once the server has acknowledged any, or reset, it answers no old SYN. `start`: the first
+ * number behind the SYN. */
+static __always_inline int is_repeated(struct flow7 *f, struct half *client, struct half *server, __u32 start)
 {
-	return (f->state & FLOW7_LIVE) && p->seq + 1 == f->start && client->acked == f->start &&
-	       WORD_NEXT(client->word) != f->start && !(f->flags & FLOW_PASSED_OPEN) &&
+	return (f->state & FLOW7_LIVE) && start == f->start && client->acked == start &&
+	       WORD_NEXT(client->word) != start && !(f->flags & FLOW_PASSED_OPEN) &&
 	       !(client->flags & HALF_RST) && !(server->flags & (HALF_FIN | HALF_RST));
+}
+
+/* Likewise where the SYN was sent again before there were such bytes, and its answer comes behind them: with the
+ * numbers of the connection that is there it is no other's, whatever was sent meanwhile. */
+static __always_inline int is_late(struct flow7 *f, struct half *client, struct half *server, const struct packet *p)
+{
+	return ((f->state & FLOW7_LIVE) && p->ack == f->start && p->seq + 1 == f->server_start &&
+		!(f->flags & FLOW_PASSED_OPEN)) ||
+	       is_repeated(f, client, server, p->ack);
 }
 
 static __always_inline int on_syn(struct flow7 *f, struct half *client, struct half *server, const struct packet *p,
 				  int from_client)
 {
+	__u32 next = WORD_NEXT(client->word);
+
 	if (p->flags & (TCP_FIN | TCP_RST))
 		return STEP_DROP | REASON_TCP_FLAGS;
 	if (p->payload)
@@ -75,11 +97,13 @@ static __always_inline int on_syn(struct flow7 *f, struct half *client, struct h
 	if (from_client != !(p->flags & TCP_ACK))
 		return STEP_DROP | REASON_TCP_STATE;
 	if (from_client) {
-		if (is_repeated(f, client, server, p))
+		if (is_repeated(f, client, server, p->seq + 1))
 			return STEP_FORWARD;
 		f->pending_seq = p->seq;
 		f->state |= FLOW7_PENDING;
-	} else if ((f->state & FLOW7_PENDING) && p->ack == f->pending_seq + 1) {
+	} else if ((f->state & FLOW7_PENDING) && p->ack == f->pending_seq + 1 && !is_late(f, client, server, p)) {
+		if (!claim(client, next)) /* what moved on meanwhile may be under way */
+			return STEP_DROP | REASON_TCP_STATE; /* the server sends it again */
 		incarnate(f, client, server, p);
 	}
 	return STEP_FORWARD;
@@ -425,11 +449,19 @@ static __always_inline int from_client(struct __sk_buff *skb, struct flow7 *f, s
 	return step;
 }
 
-/* Both ends have closed, and have each other's FIN: what still comes belongs to no connection. */
-static __always_inline int is_over(const struct flow7 *f)
+/* Both ends have closed, and have each other's FIN: what still comes belongs to no connection. Whoever is about to
+ * accept for it finds the half closed: its place in memory may be another flow's soon. */
+static __always_inline int is_over(struct flow7 *f)
 {
-	return (f->half[0].flags & f->half[1].flags & HALF_FIN_ACKED) && WORD_OWNER(f->half[0].word) != OWNER_CLOSED &&
-	       WORD_OWNER(f->half[1].word) != OWNER_CLOSED;
+	struct half *client = &f->half[f->initiator & 1];
+	__u64 word = client->word;
+
+	if (!(f->half[0].flags & f->half[1].flags & HALF_FIN_ACKED) ||
+	    WORD_OWNER(f->half[(f->initiator & 1) ^ 1].word) == OWNER_CLOSED ||
+	    WORD_OWNER(word) == OWNER_CLOSED || WORD_OWNER(word) == OWNER_BUSY)
+		return 0;
+	return __sync_val_compare_and_swap(&client->word, word,
+					   WORD(WORD_NEXT(word), OWNER_CLOSED, WORD_PUNTS(word))) == word;
 }
 
 /* One packet of an inspected flow. `accepted`: the rule of a request that was accepted here. */

@@ -533,7 +533,8 @@ static __noinline int flow(struct __sk_buff *skb, struct context *c, const struc
 			f7 = 0;
 		}
 		if (f7) {
-			if (f7->generation == c->generation || !renew_flow7(f7, &key, c->generation))
+			/* never back to an older one, which a packet may still go by that came before the change */
+			if (!after(c->generation, f7->generation) || !renew_flow7(f7, &key, c->generation))
 				return flow7_step(skb, c, port, &key, f7, p);
 			if (!is_first_syn(p) || f7->initiator != c->direction)
 				return boundary_lost(skb, c, port, &key, p);

@@ -92,7 +92,7 @@ FLOW7 = Layout(
     "flow7",
     last_seen="Q", packets="2Q", bytes="2Q", profile="I", rule="I", generation="I", identity="I",
     pending_seq="I", incarnation="I", initiator="B", state="B", flags="B", reason="B", start="I",
-    automaton="I", pad="4x", half=f"{2 * HALF_SIZE}s",
+    automaton="I", server_start="I", half=f"{2 * HALF_SIZE}s",
 )  # fmt: skip
 FLOW7_COMMAND = Layout(
     "flow7_command",
@@ -359,6 +359,7 @@ class Flow7:
     start: int
     automaton: int
     half: tuple[Half, Half]
+    server_start: int = 0
 
     @property
     def live(self) -> bool:
@@ -381,19 +382,19 @@ class Flow7:
     def unpack(cls, data: Octets) -> Flow7:
         (
             seen, p0, p1, b0, b1, profile, rule, generation, identity, pending_seq, incarnation,
-            initiator, state, flags, reason, start, automaton, halves,
+            initiator, state, flags, reason, start, automaton, server_start, halves,
         ) = FLOW7.struct.unpack(data)  # fmt: skip
         return cls(
             seen, (p0, p1), (b0, b1), profile, rule, generation, identity, pending_seq, incarnation,
             Direction(initiator), state, FlowFlag(flags), DropReason(reason), start, automaton,
-            (Half.unpack(halves[:HALF_SIZE]), Half.unpack(halves[HALF_SIZE:])),
+            (Half.unpack(halves[:HALF_SIZE]), Half.unpack(halves[HALF_SIZE:])), server_start,
         )  # fmt: skip
 
     def pack(self) -> bytes:
         return FLOW7.struct.pack(
             self.last_seen, *self.packets, *self.octets, self.profile, self.rule, self.generation,
             self.identity, self.pending_seq, self.incarnation, self.initiator, self.state, self.flags,
-            self.reason, self.start, self.automaton, self.half[0].pack() + self.half[1].pack(),
+            self.reason, self.start, self.automaton, self.server_start, self.half[0].pack() + self.half[1].pack(),
         )  # fmt: skip
 
 
