@@ -206,7 +206,8 @@ enum owner { OWNER_KERNEL = 0, OWNER_BUSY = 1, OWNER_PYTHON = 2, OWNER_CLOSED = 
 #define HALF_FIN 1
 #define HALF_RST 2
 #define HALF_FIN_ACKED 8 /* the other end has it */
-#define HALF_ALONE 4 /* the record is one head, accepted here; its answer begins at the other half's record_seq */
+#define HALF_ALONE 4 /* the last request was accepted here; its answer begins at the other half's record_seq */
+#define HALF_HEAD 16 /* and it was HEAD */
 struct half {
 	__u64 word;
 	__u64 remaining; /* the dissector's state at `next`: bytes of body or chunk still to come after `next` */
@@ -289,7 +290,7 @@ struct flow7_command {
 /* Automata (isolator/core/automaton/states.py): what a state does with the bytes at hand. Numbers in states count
  * over all automata; 0 is STATE_REJECT. */
 #define STEPS_MAX 512 /* states that one head may pass */
-#define STRIDE 16     /* bytes that one step reads at the most */
+#define STRIDE 16     /* bytes that STATE_SKIP reads in one step; STATE_VALUE reads eight, or up to a tab */
 #define EDGES_MAX 4
 #define LINES_MAX 100
 #define ALTERNATIVES_MAX 4

@@ -53,7 +53,7 @@ static __always_inline __u32 commit(struct half *half, struct half *other, struc
 	if (!make_busy(half, &word))
 		return FLOW7_STALE;
 	if (c->next != c->expect_next) {
-		half->flags &= ~HALF_ALONE;
+		half->flags &= ~(HALF_ALONE | HALF_HEAD);
 		retire_windows(half);
 		if (c->flags & COMMIT_RECORD)
 			commit_record(half, c);

@@ -377,7 +377,7 @@ __noinline int accept_head(struct __sk_buff *skb, struct flow7 *f, const struct 
 	WRITE_ONCE(client->record_seq, p->seq);
 	server->record_len = 0;
 	server->record_seq = p->ack;
-	client->flags |= HALF_ALONE;
+	client->flags = (client->flags & ~HALF_HEAD) | HALF_ALONE | (client->record[0] == 'H' ? HALF_HEAD : 0);
 	fence(client);
 	WRITE_ONCE(client->record_len, length);
 	if (settle(client, word, p->seq + length, OWNER_KERNEL))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import structlog
-from inotify_simple import INotify, flags  # type: ignore[import-untyped]
+from inotify_simple import INotify, flags  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 QUIET = 0.02  # s without an event: then whoever writes several files, or one in parts, has done so
 QUIET_MAX = 0.2  # s after the first event: nobody holds a change up

@@ -56,7 +56,7 @@ class HalfState(Protocol):
     @property
     def gate(self) -> int: ...
     @property
-    def alone(self) -> bool: ...
+    def alone(self) -> str | None: ...
 
 
 class FlowState(Protocol):
@@ -180,8 +180,8 @@ class Flow:
             [] if fresh else None
         )  # methods since the mark; None: nobody knows
         self.mark_ack: int | None = None  # what the client had acknowledged when the mark was set
-        if client.alone and client.record:  # the last request was the kernel's
-            self.requests, self.unanswered = 1, [client.record.partition(b" ")[0].decode("ascii", "replace")]
+        if client.alone is not None:  # the last request was the kernel's
+            self.requests, self.unanswered = 1, [client.alone]
             self.mark_ack = pinned.server.record_seq
 
         # the end (isolator.core.closing)

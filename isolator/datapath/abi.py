@@ -31,7 +31,7 @@ ENDPOINT_MAX = 32767  # what PUNT_CONTEXT has room for
 PORT_XDP_FORWARD = 1
 POLICY_AUDIT, POLICY_TRIAL, POLICY_FAIL_OPEN, POLICY_UNREAD = 1, 2, 4, 8
 FLOW_AUDIT, FLOW_FAIL_OPEN, FLOW_PASSED_OPEN, FLOW_DENIED, FLOW_PLAIN = 1, 4, 8, 16, 32
-HALF_FIN, HALF_RST, HALF_ALONE, HALF_FIN_ACKED = 1, 2, 4, 8
+HALF_FIN, HALF_RST, HALF_ALONE, HALF_FIN_ACKED, HALF_HEAD = 1, 2, 4, 8, 16
 FLOW7_LIVE, FLOW7_PENDING = 1, 2
 FLOW7_COMMIT, FLOW7_OWN, FLOW7_DELETE, FLOW7_OPEN, FLOW7_TAKE = 1, 2, 3, 4, 5
 COMMIT_RECORD, COMMIT_WINDOW, COMMIT_MARK, COMMIT_FIN, COMMIT_GATE, COMMIT_LEND = 1, 2, 4, 8, 16, 32
@@ -314,9 +314,11 @@ class Half:
         return self.word.owner
 
     @property
-    def alone(self) -> bool:
-        """The record is one head that the kernel accepted, and the answer to it begins at the other's record_seq."""
-        return bool(self.flags & HALF_ALONE)
+    def alone(self) -> str | None:
+        """The last request's method, if the kernel accepted it: the answer begins at the other's record_seq."""
+        if not self.flags & HALF_ALONE:
+            return None
+        return "HEAD" if self.flags & HALF_HEAD else "GET"  # what any other's answer looks like
 
     @classmethod
     def unpack(cls, data: Octets) -> Half:

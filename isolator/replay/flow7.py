@@ -38,7 +38,7 @@ def dropped(reason: DropReason) -> Step:
 class Half:
     """struct half."""
 
-    alone = False  # Python decides every head
+    alone = None  # Python decides every head
     __slots__ = (
         "acked",
         "flags",

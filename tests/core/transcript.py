@@ -32,7 +32,7 @@ class Half:
     record_seq: int = 0
     record: bytes = b""
     gate: int = 0
-    alone: bool = False
+    alone: str | None = None
 
 
 @dataclass

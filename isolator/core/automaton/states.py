@@ -24,7 +24,7 @@ STEPS_MAX = 512
 """States that one head may pass: what a packet may cost. Whoever needs more is read by Python."""
 
 STRIDE = 16
-"""Bytes that SKIP and VALUE read in one step."""
+"""Bytes that SKIP reads in one step; VALUE reads a word, or up to a tab."""
 
 WORD_MAX, EDGES_MAX = 8, 4
 
@@ -168,14 +168,15 @@ def run(automaton: Automaton, data: bytes) -> Stop:
                 following = state.next if fits else 0
                 at += fits
             case Kind.VALUE:
-                end = at + STRIDE
-                while at < end and at < len(data) and _is_value(data[at]):
+                end = at + WORD_MAX
+                while at < end and at < len(data) and _is_text(data[at]):
                     at += 1
-                following = number
-                if at < end:
-                    following = state.next if data[at : at + 2] == b"\r\n" and lines < HEADERS_MAX else 0
-                    at += 2 if following else 0
-                    lines += 1
+                if at == end:
+                    following = number
+                elif data[at : at + 1] == b"\t":
+                    following, at = number, at + 1
+                elif data[at : at + 2] == b"\r\n" and lines < HEADERS_MAX:
+                    following, at, lines = state.next, at + 2, lines + 1
             case Kind.EFFECT:
                 lines += state.lines
                 following = 0 if bits & state.unless or lines > HEADERS_MAX else state.next
@@ -184,9 +185,9 @@ def run(automaton: Automaton, data: bytes) -> Stop:
     return Stop(0, number, at)
 
 
-def _is_value(byte: int) -> bool:
-    """RFC 9110 section 5.5: no control character but the tab."""
-    return (byte >= 0x20 and byte != 0x7F) or byte == 0x09
+def _is_text(byte: int) -> bool:
+    """RFC 9110 section 5.5: of a value, no control character; the tab is read apart."""
+    return byte >= 0x20 and byte != 0x7F
 
 
 def _decide(outcome: Outcome, bits: int) -> int:
