@@ -43,6 +43,7 @@ from isolator.control.watch import FileWatch
 from isolator.core.compile import PolicyTooLarge
 from isolator.core.explain import Explanation, Question, explain
 from isolator.core.inspector import Inspector
+from isolator.datapath.abi import RequestEvent
 from isolator.datapath.attach import XdpMode
 from isolator.datapath.errors import DatapathError
 from isolator.datapath.gate import Gate
@@ -65,6 +66,7 @@ TICK_EVERY = 0.02  # s, while a flow waits for time to pass
 ADDRESSES_EVERY = 1.0  # s
 FILES_EVERY = 5.0  # s, for changes of files that the kernel does not tell of
 AGE_EVERY = 5.0  # s
+COUNT_EVERY = 1.0  # s
 NICE = -15  # packets wait for this process: where CPUs are scarce, it has to run as soon as one is there
 
 ENGINE = "engine"  # in the state folder: the socket of the engine whose bridges have a gate
@@ -174,6 +176,7 @@ class Agent:
             (ADDRESSES_EVERY, self._endpoints.refresh),
             (0.0, self._watch_files),
             (AGE_EVERY, self._age),
+            (COUNT_EVERY, self._count),
         )
         for seconds, work in every:
             self._spawn(repeat(seconds, work))
@@ -236,12 +239,21 @@ class Agent:
 
     def _read_events(self, events: Any) -> None:
         for event in events.read():
-            self._recorder.event(event)
+            if isinstance(event, RequestEvent):
+                rule = self._node.datapath.automata.rule_of(event.generation, event.event.rule)
+                self._recorder.request(event, rule)
+            else:
+                self._recorder.event(event)
 
     async def _beat(self) -> None:
         self._node.beat()
         for rule, count in self._inspector.take_counts().items():
             self.flow_log.counter(FlowVerdict.FORWARDED, rule).hits += count
+
+    async def _count(self) -> None:
+        """Requests that the kernel accepted."""
+        for _, _, rule, requests in await self._work(self._node.datapath.automata.take_counts):
+            self.flow_log.counter(FlowVerdict.FORWARDED, rule).hits += requests
 
     async def _age(self) -> None:
         """Forgets inspected flows that have ended or that nobody has used for long, and of the others the bytes

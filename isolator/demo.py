@@ -141,7 +141,7 @@ def changes(lab: Lab) -> Iterator[Check]:
 def closed_after(lab: Lab) -> str:
     """A request that no automaton accepts, once the agent's heartbeat is older than its bound."""
     time.sleep(2.5)
-    return lab.curl("web", f"http://{API}{ALLOWED}", "--http1.0")
+    return lab.curl("web", f"http://{API}{ALLOWED}", "--http1.0", "-o", "/dev/null", "-w", "%{http_code}")
 
 
 def killed_transfer(lab: Lab) -> Iterator[Check]:

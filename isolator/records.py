@@ -9,7 +9,7 @@ from ipaddress import IPv6Address
 from isolator.control.flowlog import DecidedBy, FlowLog, FlowRecord, FlowVerdict, HttpMessage, Peer
 from isolator.core.commands import Report
 from isolator.core.model import Decision, Direction, Endpoint, PolicyFlag, RuleRef, Verdict
-from isolator.datapath.abi import Event, FlowKey
+from isolator.datapath.abi import Event, FlowKey, RequestEvent
 
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 
@@ -37,6 +37,24 @@ class Recorder:
         key = FlowKey.unpack(flow.key)
         self._append(key, flow.initiator, now, verdict, decision, l7, DecidedBy.PYTHON)
 
+    def request(self, told: RequestEvent, rule: RuleRef | None) -> None:
+        """One request that the kernel accepted; they are counted elsewhere. Its path is plain, or it would not be."""
+        line, _, fields = told.head.partition(b"\r\n")
+        method, _, rest = line.decode("latin-1").partition(" ")
+        path = rest.partition(" ")[0].partition("?")[0]
+        l7 = HttpMessage(method, path, path, host_of(fields))
+        decision = Decision(Verdict.ALLOW, rule=rule)
+        event = told.event
+        self._append(
+            event.key,
+            event.direction,
+            wall_clock(event.time),
+            FlowVerdict.FORWARDED,
+            decision,
+            l7,
+            DecidedBy.KERNEL,
+        )
+
     def event(self, event: Event) -> None:
         """A new flow that the kernel decided, or a packet that it dropped."""
         flags = PolicyFlag(event.flags & (PolicyFlag.AUDIT | PolicyFlag.TRIAL))
@@ -47,8 +65,7 @@ class Recorder:
             audit=bool(flags & PolicyFlag.AUDIT),
             trial=bool(flags & PolicyFlag.TRIAL),
         )
-        now = time.time() - (time.monotonic_ns() - event.time) / 1e9
-        self.flow(event.key, event.direction, decision, now)
+        self.flow(event.key, event.direction, decision, wall_clock(event.time))
 
     def flow(self, key: FlowKey, direction: Direction, decision: Decision, now: float) -> None:
         """What layer 4 decided."""
@@ -76,6 +93,20 @@ class Recorder:
                 now, verdict, direction, source, destination, protocol, by, decision.reason, decision.rule, l7
             )
         )
+
+
+def wall_clock(monotonic: int) -> float:
+    """Seconds of CLOCK_REALTIME, for ns of CLOCK_MONOTONIC."""
+    return time.time() - (time.monotonic_ns() - monotonic) / 1e9
+
+
+def host_of(fields: bytes) -> str | None:
+    """The Host of header lines that may be cut off at the end."""
+    for line in fields.split(b"\r\n")[:-1]:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"host":
+            return value.strip().decode("latin-1").lower().partition(":")[0]
+    return None
 
 
 def verdict_of(decision: Decision) -> FlowVerdict:

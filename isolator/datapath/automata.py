@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from isolator.core.automaton.states import OCTETS, Automaton, Kind, Octet, State
 from isolator.core.model import RuleRef
@@ -33,6 +34,15 @@ _SETS: dict[Octet, tuple[int, int]] = {
     )
     for octet in Octet
 }
+
+
+class Accepted(NamedTuple):
+    """How many requests a rule has accepted. `profile` is the generation's."""
+
+    generation: int
+    profile: int
+    rule: RuleRef
+    requests: int
 
 
 @dataclass(slots=True)
@@ -69,6 +79,7 @@ class Room:
 class Written:
     """One generation's automata: where each profile's begins, and who is counted where."""
 
+    generation: int
     first: int
     starts: dict[int, int] = field(default_factory=dict)
     counted: list[tuple[int, RuleRef]] = field(default_factory=list)
@@ -83,12 +94,14 @@ class AutomatonMaps:
     def __init__(self, maps: Mapping[str, Map]) -> None:
         self._maps = maps
         self._halves: dict[int, Written] = {}
+        self._unread: list[Accepted] = []
 
     def write(self, generation: int, automata: Mapping[int, Automaton]) -> dict[int, int]:
         """Into the half of this generation; nobody may be reading there. Returns the state in which each profile's
         automaton begins: what finds no room is left out. Raises BpfError."""
+        self._unread += self._count(self._halves.get(generation & 1))
         room = Room.of(generation & 1)
-        written = self._halves[generation & 1] = Written(room.requests)
+        written = self._halves[generation & 1] = Written(generation, room.requests)
         for profile, automaton in sorted(automata.items()):
             if not automaton.start:
                 continue
@@ -120,21 +133,30 @@ class AutomatonMaps:
     def rule_of(self, generation: int, counter: int) -> RuleRef | None:
         """Whose requests are counted at this index."""
         written = self._halves.get(generation & 1)
-        at = counter - written.first if written else -1
+        at = counter - written.first if written and written.generation == generation else -1
         return written.counted[at][1] if written and 0 <= at < len(written.counted) else None
 
     def without_room(self, generation: int) -> list[int]:
         """Profiles whose automata found no room."""
         return self._halves[generation & 1].without_room if generation & 1 in self._halves else []
 
-    def take_counts(self) -> Iterator[tuple[int, RuleRef, int]]:
-        """(profile, rule, requests accepted since the last call), of both halves."""
-        for written in self._halves.values():
-            now = self._maps["requests"].sums(written.first, len(written.counted))
-            for (profile, rule), before, after in zip(written.counted, written.seen, now, strict=True):
-                if after != before:
-                    yield profile, rule, after - before
-            written.seen = now
+    def take_counts(self) -> list[Accepted]:
+        """Requests accepted since the last call, of both halves."""
+        taken, self._unread = self._unread, []
+        return taken + [each for written in self._halves.values() for each in self._count(written)]
+
+    def _count(self, written: Written | None) -> list[Accepted]:
+        if written is None:
+            return []
+        before, written.seen = (
+            written.seen,
+            self._maps["requests"].sums(written.first, len(written.counted)),
+        )
+        return [
+            Accepted(written.generation, profile, rule, now - then)
+            for (profile, rule), then, now in zip(written.counted, before, written.seen, strict=True)
+            if now != then
+        ]
 
 
 class Encoding:
