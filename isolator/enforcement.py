@@ -33,7 +33,7 @@ from isolator.core.model import Direction, Endpoint, Outsider
 from isolator.core.policy import LabelSet
 from isolator.records import Recorder
 from isolator.roster import Roster
-from isolator.worker import Worker
+from isolator.worker import Worker, uncollected
 
 KEPT_MAX = 256  # labels' policies of containers that went, kept for when they come back
 REFUSED_FOR = 30.0  # s until what could not be put in force is tried again as it is
@@ -169,6 +169,7 @@ class Enforcement:
         while True:
             try:
                 return labelled, await self._work(
+                    uncollected,
                     compile_policies,
                     [source.policy for source in (*known.sources, *labelled.values())],
                     known.endpoints,
@@ -239,7 +240,7 @@ class Enforcement:
 
     async def _reload(self) -> list[str]:
         try:
-            loaded = await self._work(load, self.path, self._files)
+            loaded = await self._work(uncollected, load, self.path, self._files)
         except ConfigErrors as error:
             return [str(problem) for problem in error.problems]
         except Exception as error:  # files may hold anything; what their reader trips over is theirs

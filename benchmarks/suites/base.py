@@ -26,7 +26,7 @@ class Mode:
 
 
 QUICK = Mode("quick", rounds=3, seconds=1, megabytes=256, warm=0)
-FULL = Mode("full", rounds=5, seconds=2, megabytes=1024, warm=0)
+FULL = Mode("full", rounds=5, seconds=1, megabytes=1024, warm=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Client:
         return found
 
     def reload(self) -> dict[str, Any]:
-        return self._call("POST", "/v1/reload", {})
+        return self._call("POST", "/v1/reload")  # without a body: the answer may come before it was sent
 
     def restore(self, names: Sequence[str] | None) -> list[dict[str, Any]]:
         """None: all."""

@@ -141,7 +141,7 @@ def test_a_hanging_agent(lab: Lab, failure: str) -> None:
 
 # -- out of memory ---------------------------------------------------------------------------------------------
 
-RULES = 1500
+RULES = 40_000
 
 
 def large_policy(lab: Lab) -> None:
