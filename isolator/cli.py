@@ -138,6 +138,8 @@ def show_status(seen: dict[str, Any]) -> None:
         ["ENDPOINT", "STATE", "ADDRESSES", "POLICIES", "DETAIL"],
         [*render.endpoint_rows(seen["endpoints"]), *render.unprotectable_rows(seen["unprotectable"])],
     )
+    if any(seen["requests"].values()):
+        typer.echo(f"requests: {render.share(seen['requests'])} in the kernel")
     for line in seen["policy_errors"]:
         typer.secho(f"not in force: {line}", fg="yellow")
     if not seen["ready"]:
@@ -186,20 +188,38 @@ def flows(
         raise typer.BadParameter("it is one of FORWARDED, DROPPED, AUDIT", param_hint="--verdict")
     try:
         for record in client(ctx, socket).flows(last, verdict, follow):
-            show_flow(record, as_json)
+            show_flow(record, as_json, decided=True)
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
 
 
-def show_flow(record: dict[str, Any], as_json: bool) -> None:
+def show_flow(record: dict[str, Any], as_json: bool, decided: bool = False) -> None:
     """A gap goes to stderr, so that stdout holds records alone."""
     from isolator.control import render
 
     if "lost" in record:
         typer.secho(f"{record['lost']} records lost here: read faster, or ask for one --verdict", err=True)
     else:
-        typer.echo(json.dumps(record) if as_json else render.flow_line(record))
+        typer.echo(json.dumps(record) if as_json else render.flow_line(record, decided))
     sys.stdout.flush()
+
+
+@app.command()
+def offload(ctx: typer.Context, as_json: Json = False, socket: Socket = None) -> None:
+    """Show which requests the kernel decides itself, which Python does, and why."""
+    seen = client(ctx, socket).offload()
+    if as_json:
+        print_json(seen)
+        return
+    from isolator.control import render
+
+    requests = seen["requests"]
+    typer.echo(
+        f"{requests['kernel']} requests decided in the kernel, {requests['python']} in Python: "
+        f"{render.share(requests)} in the kernel; datapath.l7 {seen['l7']}, "
+        f"{seen['states']} of {seen['states_max']} states"
+    )
+    render.table(render.OFFLOAD_COLUMNS, render.offload_rows(seen["profiles"]))
 
 
 @policy.command("check")

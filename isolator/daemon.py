@@ -29,6 +29,7 @@ from isolator.control.agent_view import (
     AgentStatus,
     EndpointStatus,
     Metric,
+    OffloadStatus,
     PolicyStatus,
     RestoreResult,
 )
@@ -252,8 +253,10 @@ class Agent:
 
     async def _count(self) -> None:
         """Requests that the kernel accepted."""
-        for _, _, rule, requests in await self._work(self._node.datapath.automata.take_counts):
-            self.flow_log.counter(FlowVerdict.FORWARDED, rule).hits += requests
+        counts = await self._work(self._node.datapath.automata.take_counts)
+        self._policy.offload.add(counts)
+        for each in counts:
+            self.flow_log.counter(FlowVerdict.FORWARDED, each.rule).hits += each.requests
 
     async def _age(self) -> None:
         """Forgets inspected flows that have ended or that nobody has used for long, and of the others the bytes
@@ -304,6 +307,7 @@ class Agent:
             endpoints=[self._endpoint_status(managed) for managed in self._endpoints],
             policy_errors=[*self._policy.errors, *trouble],
             unprotectable=self._runtime.unprotectable(),
+            requests=self._policy.offload.total,
         )
 
     def _endpoint_status(self, managed: Managed) -> EndpointStatus:
@@ -338,6 +342,12 @@ class Agent:
             for source in self._policy.in_force
         ]
 
+    def offload(self) -> OffloadStatus:
+        datapath = self._node.datapath
+        return self._policy.offload.status(
+            self._roster.endpoints, self.config.l7, datapath.automata.without_room(datapath.generation)
+        )
+
     def explain(self, question: Question) -> Explanation:
         policies = [source.policy for source in self._policy.in_force]
         return explain(
@@ -354,6 +364,16 @@ class Agent:
         yield Metric("kernel_drops", "Packets the kernel dropped, by reason.", "counter", drops)
         slow = [({"reason": reason.name}, count) for reason, count in node.forwarder.drops.items()]
         yield Metric("slow_path_drops", "Frames Python dropped, by reason.", "counter", slow)
+        requests = self._policy.offload.total
+        decided = [({"by": "kernel"}, requests.kernel), ({"by": "python"}, requests.python)]
+        yield Metric("http_requests", "HTTP requests decided, by whom.", "counter", decided)
+        why = [({"reason": reason.name}, count) for reason, count in self._policy.offload.why.items()]
+        yield Metric(
+            "http_requests_python_reasons",
+            "Why requests were decided in Python; of allowed ones a sample.",
+            "counter",
+            why,
+        )
         yield Metric(
             "inspected_flows", "Connections that Python knows.", "gauge", [({}, len(self._inspector.flows))]
         )

@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from isolator.control.client import Client
 from isolator.lab import ALLOWED, API, API6, DENIED, PREFIX, STATE, Lab, wait_for
 
 UPLOAD_MB = 200
+COUNTED_WITHIN = 2.5  # s, by the agent
 
 LIVE = """\
 import socket, sys
@@ -110,6 +112,21 @@ def transfers(lab: Lab) -> Iterator[Check]:
         "web", f"http://{API}:8081/upload", "-m", "60", "-X", "POST", "-H", "Expect:", "-T", str(source)
     )
     yield Check(f"{UPLOAD_MB} MB upload arrives", digest.hexdigest(), seen)
+
+
+def offloaded(lab: Lab) -> Iterator[Check]:
+    """What is allowed and plain never comes to Python."""
+    client = Client(STATE / "isolator.sock")
+    before = client.offload()["requests"]
+    lab.talk(*[get(ALLOWED)] * 3)
+    time.sleep(COUNTED_WITHIN)
+    after = client.offload()["requests"]
+    seen = " ".join(str(after[by] - before[by]) for by in ("kernel", "python"))
+    yield Check("three allowed requests: by the kernel, by Python", "3 0", seen)
+    told = [flow for flow in client.flows() if flow["decided_by"] == "kernel" and flow["l7"]]
+    yield Check(
+        "the kernel's are in the flow log", ALLOWED, told[-1]["l7"]["http"]["path"] if told else "nothing"
+    )
 
 
 def changes(lab: Lab) -> Iterator[Check]:
@@ -208,7 +225,7 @@ def restored(lab: Lab, before: str) -> Iterator[Check]:
 def checks(lab: Lab) -> Iterator[Check]:
     before = lab.network()
     lab.start_agent()
-    for part in (requests, tricks, transfers, changes, killed_transfer, monitored):
+    for part in (requests, tricks, offloaded, transfers, changes, killed_transfer, monitored):
         yield from part(lab)
     yield from restored(lab, before)
 

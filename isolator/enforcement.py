@@ -31,6 +31,7 @@ from isolator.core.identities import Address
 from isolator.core.inspector import Inspector
 from isolator.core.model import Direction, Endpoint, Outsider
 from isolator.core.policy import LabelSet
+from isolator.offload import Offload
 from isolator.records import Recorder
 from isolator.roster import Roster
 from isolator.worker import Worker, uncollected
@@ -107,6 +108,7 @@ class Enforcement:
         self._files = files or PolicyFiles()
         self._stamps = stamps(path, loaded.config)
         self.automata = Automata()
+        self.offload = Offload()
 
     # -- putting in force -----------------------------------------------------------------------------------
 
@@ -148,13 +150,15 @@ class Enforcement:
         maps = self._kernel.datapath
         labelled, compiled = await self._compiled(known, await self._read_labels(known))
         await self._work(self.automata.compile, compiled.profiles if self.config.l7 == "auto" else {})
-        self._inspector.prepare_policy(compiled.profiles, compiled.generation)
+        prepared = await self._work(self.offload.prepared, compiled, self.automata.by_profile)
+        self._inspector.prepare_policy(prepared.profiles, compiled.generation)
         try:
             await self._work(write, maps, compiled, self.automata.by_profile)
         except Exception:  # whatever it is, Python must know what the kernel goes by
             self._inspector.discard_policy(compiled.generation)
             raise
         self._inspector.policy_in_force(compiled.generation)
+        self.offload.put_in_force(prepared)
         self._recorder.rules = compiled.rules
         for own, source in labelled.items():
             if self._labelled.get(own) != source:

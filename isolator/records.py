@@ -6,9 +6,20 @@ import time
 from collections.abc import Mapping
 from ipaddress import IPv6Address
 
-from isolator.control.flowlog import DecidedBy, FlowLog, FlowRecord, FlowVerdict, HttpMessage, Peer
+from isolator.control.flowlog import (
+    ALLOWED_BURST,
+    ALLOWED_PER_SECOND,
+    DecidedBy,
+    FlowLog,
+    FlowRecord,
+    FlowVerdict,
+    HttpMessage,
+    Peer,
+    TokenBucket,
+)
 from isolator.core.commands import Report
 from isolator.core.model import Decision, Direction, Endpoint, PolicyFlag, RuleRef, Verdict
+from isolator.core.tally import Misfit
 from isolator.datapath.abi import Event, FlowKey, RequestEvent
 
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
@@ -24,6 +35,7 @@ class Recorder:
         self._endpoints = endpoints
         self._owners = owners
         self.rules: Mapping[int, RuleRef] = {}
+        self._requests = TokenBucket(ALLOWED_PER_SECOND, ALLOWED_BURST)  # each CPU may tell of as many
 
     def message(self, report: Report, now: float) -> None:
         """One request that Python decided. Allowed ones are counted where they are decided."""
@@ -35,20 +47,23 @@ class Recorder:
         if request is not None:
             l7 = HttpMessage(request.method, request.path, request.raw_path, request.host)
         key = FlowKey.unpack(flow.key)
-        self._append(key, flow.initiator, now, verdict, decision, l7, DecidedBy.PYTHON)
+        self._append(key, flow.initiator, now, verdict, decision, l7, DecidedBy.PYTHON, report.why)
 
     def request(self, told: RequestEvent, rule: RuleRef | None) -> None:
         """One request that the kernel accepted; they are counted elsewhere. Its path is plain, or it would not be."""
+        event = told.event
+        now = wall_clock(event.time)
+        if not self._requests.take(now):
+            return
         line, _, fields = told.head.partition(b"\r\n")
         method, _, rest = line.decode("latin-1").partition(" ")
-        path = rest.partition(" ")[0].partition("?")[0]
-        l7 = HttpMessage(method, path, path, host_of(fields))
+        path, ended, _ = rest.replace("?", " ", 1).partition(" ")
+        l7 = HttpMessage(method, path if ended else None, path, host_of(fields))
         decision = Decision(Verdict.ALLOW, rule=rule)
-        event = told.event
         self._append(
             event.key,
             event.direction,
-            wall_clock(event.time),
+            now,
             FlowVerdict.FORWARDED,
             decision,
             l7,
@@ -82,6 +97,7 @@ class Recorder:
         decision: Decision,
         l7: HttpMessage | None,
         by: DecidedBy,
+        why: Misfit | None = None,
     ) -> None:
         own = self._endpoints.get(key.endpoint)
         local = peer(key.local, key.local_port, own)
@@ -90,7 +106,17 @@ class Recorder:
         protocol = _PROTOCOLS.get(key.protocol, str(key.protocol))
         self._log.append(
             FlowRecord(
-                now, verdict, direction, source, destination, protocol, by, decision.reason, decision.rule, l7
+                now,
+                verdict,
+                direction,
+                source,
+                destination,
+                protocol,
+                by,
+                decision.reason,
+                decision.rule,
+                l7,
+                why,
             )
         )
 

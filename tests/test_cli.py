@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from isolator.cli import app
-from isolator.control.agent_view import EndpointState, PolicyStatus
+from isolator.control.agent_view import EndpointState, PolicyStatus, Requests
 from isolator.control.flowlog import HttpMessage, Peer
 from isolator.control.label_policy import label_policy
 from isolator.control.render import labels, message
@@ -47,6 +47,28 @@ def test_status_of_one_that_is_not_ready(agent: Served) -> None:
     assert result.stdout.splitlines()[-1] == "not ready: web"
 
 
+def test_status_says_how_many_requests_the_kernel_decides(agent: Served) -> None:
+    agent.agent.requests = Requests(1999, 1)
+    assert isolator("status", agent=agent).stdout.splitlines()[-1] == "requests: 99 % in the kernel"
+
+
+def test_offload(agent: Served) -> None:
+    result = isolator("offload", agent=agent)
+    assert [" ".join(line.split()) for line in result.stdout.splitlines()] == [
+        "197 requests decided in the kernel, 3 in Python: 98 % in the kernel; datapath.l7 auto, 41 of 65536 states",
+        "RULES ENDPOINTS PORTS KERNEL PYTHON IN KERNEL STATES WHY PYTHON LEFT OUT",
+        "api-allow/read-books api ingress tcp/80 97 3 97 % 41 a body 66 %, denied 33 %"
+        " api-allow/team: a header that Python has to look at",
+        "a/1, a/2, a/3 and 1 more - - 0 0 - 0 - -",
+    ]
+
+
+def test_offload_json(agent: Served) -> None:
+    seen = json.loads(isolator("offload", "--json", agent=agent).stdout)
+    assert seen["requests"] == {"kernel": 197, "python": 3}
+    assert seen["profiles"][0]["why"] == {"a body": 2, "denied": 1}
+
+
 def test_status_json(agent: Served) -> None:
     result = isolator("status", "--json", agent=agent)
     assert json.loads(result.stdout)["ready"] is True
@@ -58,7 +80,7 @@ def test_socket_before_the_command_and_in_the_environment(agent: Served) -> None
     assert runner.invoke(app, ["status"], env={"ISOLATOR_SOCKET": str(agent.socket)}).exit_code == 0
 
 
-@pytest.mark.parametrize("command", ["status", "endpoints", "flows", "policy show", "reload"])
+@pytest.mark.parametrize("command", ["status", "endpoints", "flows", "offload", "policy show", "reload"])
 def test_no_agent_is_one_clear_line(tmp_path: Path, command: str) -> None:
     result = isolator(*command.split(), "--socket", str(tmp_path / "none.sock"))
     assert result.exit_code == 1
@@ -99,9 +121,10 @@ def test_flows(agent: Served) -> None:
     result = isolator("flows", agent=agent)
     assert result.stdout.splitlines() == [
         "22:13:20.250 DROPPED   ingress web:40000 -> api:80 tcp GET /api/../admin (read as /admin)"
-        " · HTTP_NO_RULE · api-allow/read-books",
-        "22:13:20.250 FORWARDED ingress web:40000 -> api:80 tcp GET /api/v1/books · api-allow/read-books",
-        "22:13:21.000 DROPPED   ingress 192.0.2.1:5000 -> api:80 tcp · POLICY_DEFAULT",
+        " · HTTP_NO_RULE · api-allow/read-books · python",
+        "22:13:20.250 FORWARDED ingress web:40000 -> api:80 tcp GET /api/v1/books · api-allow/read-books"
+        " · python (a body)",
+        "22:13:21.000 DROPPED   ingress 192.0.2.1:5000 -> api:80 tcp · POLICY_DEFAULT · kernel",
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from isolator.control.flowlog import DecidedBy, FlowLog, FlowVerdict
+from isolator.control.flowlog import DecidedBy, FlowLog, FlowVerdict, HttpMessage
 from isolator.core.model import Direction, DropReason, Endpoint, FlowFlag, RuleRef, Verdict
 from isolator.datapath.abi import EVENT_REQUEST, Event, FlowKey, RequestEvent
 from isolator.records import Recorder, host_of
@@ -36,3 +36,32 @@ def test_a_request_that_the_kernel_accepted() -> None:
 )
 def test_a_host_that_may_be_cut_off(fields: bytes, host: str | None) -> None:
     assert host_of(fields) == host
+
+
+HEAD = b"GET /api/v1/a?x=1 HTTP/1.1\r\nHost: api\r\n\r\n"
+
+
+def recorded(recorder: Recorder, log: FlowLog, head: bytes) -> HttpMessage | None:
+    event = Event(
+        1, KEY, 3, 2, 5, 120, EVENT_REQUEST, Verdict.ALLOW, DropReason.NONE, Direction.INGRESS, FlowFlag(0)
+    )
+    recorder.request(RequestEvent(event, 1, 4, head), RuleRef("shop", "read"))
+    return log.last()[-1].l7
+
+
+@pytest.mark.parametrize(
+    ("length", "path", "raw_path"),
+    [(38, "/api/v1/a", "/api/v1/a"), (14, "/api/v1/a", "/api/v1/a"), (10, None, "/api/v")],
+)
+def test_of_a_cut_head_what_is_there(length: int, path: str | None, raw_path: str) -> None:
+    log = FlowLog()
+    assert recorded(Recorder(log, {}, {}), log, HEAD[:length]) == HttpMessage("GET", path, raw_path, None)
+
+
+def test_many_cpus_do_not_fill_the_log() -> None:
+    log = FlowLog()
+    recorder = Recorder(log, {}, {})
+    for _ in range(1000):
+        recorded(recorder, log, HEAD)
+    assert len(log.last()) < 250
+    assert log.counters() == []

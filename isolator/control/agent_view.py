@@ -41,9 +41,20 @@ class EndpointStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Requests:
+    """HTTP requests by who decided them."""
+
+    kernel: int = 0
+    python: int = 0
+
+    def __add__(self, other: Requests) -> Requests:
+        return Requests(self.kernel + other.kernel, self.python + other.python)
+
+
+@dataclass(frozen=True, slots=True)
 class AgentStatus:
     """`started`: seconds since 1970. `policy_errors`: what the last reload found wrong, one line each.
-    `unprotectable`: containers that have no interface to protect, and why."""
+    `unprotectable`: containers that have no interface to protect, and why. `requests`: since the agent's start."""
 
     version: str
     pid: int
@@ -54,6 +65,7 @@ class AgentStatus:
     endpoints: list[EndpointStatus]
     policy_errors: list[str] = field(default_factory=list)
     unprotectable: dict[str, str] = field(default_factory=dict)
+    requests: Requests = field(default_factory=Requests)
 
     @property
     def ready(self) -> bool:
@@ -73,6 +85,31 @@ class PolicyStatus:
     endpoints: list[str]
     document: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileStatus:
+    """Rules that decide requests together. `ports`: `ingress tcp/80`. `why`: reasons why requests were Python's, of
+    those that were looked at (allowed ones at a bounded rate). `left_out`: of the automaton, and why."""
+
+    rules: list[str]
+    endpoints: list[str]
+    ports: list[str]
+    requests: Requests
+    why: dict[str, int]
+    states: int
+    left_out: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadStatus:
+    """Who decides requests. `l7`: as configured; `states`: of all automata, `states_max`: for which there is room."""
+
+    l7: str
+    requests: Requests
+    states: int
+    states_max: int
+    profiles: list[ProfileStatus]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +143,8 @@ class AgentView(Protocol):
     def status(self) -> AgentStatus: ...
 
     def policies(self) -> list[PolicyStatus]: ...
+
+    def offload(self) -> OffloadStatus: ...
 
     def explain(self, question: Question) -> Explanation:
         """Raises core.explain.QuestionError."""

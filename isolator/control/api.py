@@ -1,6 +1,6 @@
 """The control API: HTTP on a unix socket that only root can open. The CLI speaks it, and so may scripts.
 
-    GET  /v1/status /v1/endpoints /v1/policies
+    GET  /v1/status /v1/endpoints /v1/policies /v1/offload
     GET  /v1/flows?last=N&verdict=DROPPED&follow=1       one JSON record a line
     POST /v1/reload                                      422 with every error if the files are wrong
     POST /v1/restore   {"names": ["api"]} or {"all": true}
@@ -104,6 +104,9 @@ class Api:
     async def policies(self, request: Request) -> Response:
         return JSONResponse({"policies": [asdict(each) for each in self._agent.policies()]})
 
+    async def offload(self, request: Request) -> Response:
+        return JSONResponse(asdict(self._agent.offload()))
+
     async def flows(self, request: Request) -> Response:
         refuse_unknown(request, {"last", "verdict", "follow"})
         verdict = verdict_of(request.query_params.get("verdict"))
@@ -175,6 +178,7 @@ def create_app(agent: AgentView) -> Starlette:
             Route("/v1/status", api.status),
             Route("/v1/endpoints", api.endpoints),
             Route("/v1/policies", api.policies),
+            Route("/v1/offload", api.offload),
             Route("/v1/flows", api.flows),
             Route("/v1/reload", api.reload, methods=["POST"]),
             Route("/v1/restore", api.restore, methods=["POST"]),

@@ -74,6 +74,9 @@ class Client:
         found: list[dict[str, Any]] = self._call("GET", "/v1/policies")["policies"]
         return found
 
+    def offload(self) -> dict[str, Any]:
+        return self._call("GET", "/v1/offload")
+
     def reload(self) -> dict[str, Any]:
         return self._call("POST", "/v1/reload")  # without a body: the answer may come before it was sent
 

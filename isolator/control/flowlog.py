@@ -17,6 +17,7 @@ from typing import Any
 
 from isolator.control.runtime import is_own
 from isolator.core.model import Direction, DropReason, RuleRef
+from isolator.core.tally import Misfit
 
 RECORDS_MAX = 4096
 """Records kept in memory. About 1 KB each at the most: 4 MB."""
@@ -88,6 +89,7 @@ class FlowRecord:
     """One decided message, or one new flow. `time`: seconds since 1970, the frame's own.
 
     `reason` of an AUDIT record is the drop that protect mode would have made (NONE for an audit rule).
+    `why`: of a request that Python decided, and the kernel could not.
     """
 
     time: float
@@ -100,6 +102,7 @@ class FlowRecord:
     reason: DropReason = DropReason.NONE
     rule: RuleRef | None = None
     l7: HttpMessage | None = None
+    why: Misfit | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The record as other programs read it; every key is always there."""
@@ -115,6 +118,7 @@ class FlowRecord:
             "protocol": self.protocol,
             "l7": self.l7.as_json() if self.l7 else None,
             "decided_by": self.decided_by.value,
+            "why_python": self.why.value if self.why else None,
         }
 
 

@@ -90,10 +90,59 @@ def unprotectable_rows(found: dict[str, str]) -> Iterator[list[str]]:
         yield [name, "unprotectable", "-", "-", reason]
 
 
-def flow_line(record: dict[str, Any]) -> str:
-    """One record as one line: time, verdict, who to whom, what, why.
+def share(requests: dict[str, int]) -> str:
+    """Of requests, how many the kernel decided: `97 %`. Rounded down, so that 100 % is all of them."""
+    total = requests["kernel"] + requests["python"]
+    return f"{requests['kernel'] * 100 // total} %" if total else "-"
 
-    `22:13:20.250 DROPPED   ingress web:40000 -> api:80 tcp GET /admin · HTTP_NO_RULE · api-allow/read-books`
+
+OFFLOAD_COLUMNS = [
+    "RULES",
+    "ENDPOINTS",
+    "PORTS",
+    "KERNEL",
+    "PYTHON",
+    "IN KERNEL",
+    "STATES",
+    "WHY PYTHON",
+    "LEFT OUT",
+]
+NAMED_MAX = 3
+"""Names in one cell; of more, their number."""
+
+
+def offload_rows(profiles: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
+    for each in profiles:
+        requests = each["requests"]
+        yield [
+            some(each["rules"]),
+            some(each["endpoints"]),
+            some(each["ports"]),
+            str(requests["kernel"]),
+            str(requests["python"]),
+            share(requests),
+            str(each["states"]),
+            reasons(each["why"]),
+            "; ".join(each["left_out"]) or "-",
+        ]
+
+
+def some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
+    return ", ".join(names[:NAMED_MAX]) + more or "-"
+
+
+def reasons(why: dict[str, int]) -> str:
+    """The three most frequent ones: `a body 62 %, denied 30 %`."""
+    total = sum(why.values())
+    top = sorted(why.items(), key=lambda item: -item[1])[:NAMED_MAX]
+    return ", ".join(f"{reason} {count * 100 // total} %" for reason, count in top) or "-"
+
+
+def flow_line(record: dict[str, Any], decided: bool = False) -> str:
+    """One record as one line: time, verdict, who to whom, what, why; `decided`: by whom, and why not in the kernel.
+
+    `22:13:20.250 DROPPED   ingress web:40000 -> api:80 tcp GET /admin · HTTP_NO_RULE · api-allow/read-books · python`
     """
     verdict = typer.style(f"{record['verdict']:<9}", fg=COLOURS.get(record["verdict"]))
     ends = f"{end(record['source'])} -> {end(record['destination'])}"
@@ -103,7 +152,14 @@ def flow_line(record: dict[str, Any]) -> str:
         told.append(record["drop_reason"])
     if record["policy"]:
         told.append(printable(f"{record['policy']}/{record['rule'] or '-'}"))
+    if decided:
+        told.append(decider(record))
     return " · ".join(told)
+
+
+def decider(record: dict[str, Any]) -> str:
+    why, by = record["why_python"], str(record["decided_by"])
+    return by if why in (None, "denied") else f"{by} ({why})"
 
 
 def end(peer: dict[str, Any]) -> str:

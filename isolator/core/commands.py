@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from isolator.core.flow import Flow
 from isolator.core.model import Decision, Direction, DropReason, Owner
+from isolator.core.tally import Misfit
 from parsers.http1 import Request
 
 
@@ -62,11 +63,12 @@ class Delete(NamedTuple):
 
 
 class Report(NamedTuple):
-    """One decided message, for the flow log."""
+    """One decided message, for the flow log. `why` it was not the kernel's, None where there is no kernel."""
 
     flow: Flow
     decision: Decision
     request: Request | None
+    why: Misfit | None = None
 
 
 class Drop(NamedTuple):

@@ -121,6 +121,7 @@ class Flow:
         "requests",
         "resends",
         "resets",
+        "returned",
         "server_at",
         "server_needed",
         "state",
@@ -150,6 +151,7 @@ class Flow:
             Owner.KERNEL,
             Owner.BUSY,
         )  # and may: `next` can be beyond what is known here
+        self.returned = True  # the kernel had it, and did not accept what comes now
         self.wire: list[tuple[int, bytes]] = []  # where the table finds it
 
         # the client's half

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 from isolator.core import closing
+from isolator.core.automaton.misfit import Arrival, misfit
 from isolator.core.commands import Command, Commit, Drop, Forward, Read, Report
 from isolator.core.flow import Flow, FlowState, FlowTable, State
 from isolator.core.judge import Judge, Judged
@@ -24,6 +25,7 @@ from isolator.core.known import cut_acknowledged, in_window, known_bytes
 from isolator.core.model import Decision, DropReason, Owner, PuntReason, RuleRef
 from isolator.core.policy import Profile
 from isolator.core.segments import remember, to_client, to_server
+from isolator.core.tally import Misfit
 from parsers.errors import HeldFull, OutOfWindow, Overlap
 from parsers.http1 import Mode, Request
 from parsers.packet import ACK, FIN, PSH, RST, Segment
@@ -297,13 +299,15 @@ class Inspector:
         if judged.end:
             self._accept(flow, data, whole, ack, judged, commands, now)
         for decision, request in judged.decided:
-            self._report(flow, decision, request, now, commands)
+            self._report(flow, decision, request, judged, whole, now, commands)
+        flow.returned = False
         left = len(data) - judged.end
         flow.more = judged.more
         if left <= 0:
             flow.held_since = None
             return commands
         if judged.denied is not None:
+            self._denied(flow)
             return commands + closing.deny(flow, left, judged.denied, judged.request, now)
         if whole:
             flow.stream.insert(flow.next, data[judged.end :])
@@ -381,9 +385,22 @@ class Inspector:
         flow.mark_ack = ack
         return True
 
+    def _denied(self, flow: Flow) -> None:
+        tally = flow.profile.tally
+        tally.python += 1
+        tally.why[Misfit.DENIED] += 1
+
     def _report(
-        self, flow: Flow, decision: Decision, request: Request | None, now: float, commands: list[Command]
+        self,
+        flow: Flow,
+        decision: Decision,
+        request: Request | None,
+        judged: Judged,
+        whole: bool,
+        now: float,
+        commands: list[Command],
     ) -> None:
+        flow.profile.tally.python += 1
         if decision.rule is not None and not decision.trial:
             self.counts[decision.rule] += 1
         if not (decision.audit or decision.trial or self._report_all):
@@ -392,7 +409,20 @@ class Inspector:
             if self._reports < 1.0:
                 return
             self._reports = min(self._reports, REPORTS_BURST) - 1.0
-        commands.append(Report(flow, decision, request))
+        commands.append(Report(flow, decision, request, self._why(flow, decision, request, judged, whole)))
+
+    def _why(
+        self, flow: Flow, decision: Decision, request: Request | None, judged: Judged, whole: bool
+    ) -> Misfit | None:
+        """Asked of what is reported alone: the slow path has no time for it otherwise."""
+        if self._report_all:
+            return None
+        several = len(judged.decided) > 1 or judged.denied is not None
+        alone = not several and len(flow.unanswered or ()) <= 1
+        arrival = Arrival(0 if several else judged.recorded, whole, alone, flow.lendable, flow.returned)
+        why = misfit(request, decision, arrival, flow.profile.tally)
+        flow.profile.tally.why[why] += 1
+        return why
 
     # -- held bytes -----------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from typing import Protocol
 
 from isolator.core.model import ENTITY, Decision, Direction, DropReason, PolicyFlag, RuleRef, Verdict
 from isolator.core.pattern import HostPattern, PathPattern, without_parameters
+from isolator.core.tally import Tally
 
 Network = IPv4Network | IPv6Network
 LabelSet = frozenset[tuple[str, str]]
@@ -485,6 +486,7 @@ class Profile:
     outcome: Outcome
     default: Decision = field(init=False)
     """For what is not HTTP."""
+    tally: Tally = field(default_factory=Tally, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "default", self.refuse(DropReason.NOT_HTTP))

@@ -132,13 +132,18 @@ class AutomatonMaps:
 
     def rule_of(self, generation: int, counter: int) -> RuleRef | None:
         """Whose requests are counted at this index."""
-        written = self._halves.get(generation & 1)
-        at = counter - written.first if written and written.generation == generation else -1
+        written = self._of(generation)
+        at = counter - written.first if written else -1
         return written.counted[at][1] if written and 0 <= at < len(written.counted) else None
 
     def without_room(self, generation: int) -> list[int]:
         """Profiles whose automata found no room."""
-        return self._halves[generation & 1].without_room if generation & 1 in self._halves else []
+        written = self._of(generation)
+        return list(written.without_room) if written else []
+
+    def _of(self, generation: int) -> Written | None:
+        written = self._halves.get(generation & 1)
+        return written if written is not None and written.generation == generation else None
 
     def take_counts(self) -> list[Accepted]:
         """Requests accepted since the last call, of both halves."""

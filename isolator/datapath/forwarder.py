@@ -237,7 +237,7 @@ class Forwarder:
         """A flow that the kernel was deciding is Python's again, as it stands there now (R7)."""
         answer = self._pinned.commands.take(flow.key, flow.initiator, flow.incarnation)
         if answer and answer.next == flow.next:
-            flow.lent = False
+            flow.lent, flow.returned = False, True
             self._inspector.committed(flow, answer.acked)
             return flow
         self._inspector.forget(flow)

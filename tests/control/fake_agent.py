@@ -16,7 +16,10 @@ from isolator.control.agent_view import (
     EndpointState,
     EndpointStatus,
     Metric,
+    OffloadStatus,
     PolicyStatus,
+    ProfileStatus,
+    Requests,
     RestoreResult,
     UnknownNameError,
 )
@@ -26,6 +29,7 @@ from isolator.control.server import ApiServer
 from isolator.core.explain import Considered, Explanation, Half, Question, QuestionError
 from isolator.core.model import Decision, Direction, DropReason, RuleRef, Verdict
 from isolator.core.policy import Mode
+from isolator.core.tally import Misfit
 
 RULE = RuleRef("api-allow", "read-books")
 WEB = Peer("10.9.0.2", 40000, "web", {"app": "bookstore", "role": "web"})
@@ -48,6 +52,7 @@ ALLOWED = replace(
     verdict=FlowVerdict.FORWARDED,
     reason=DropReason.NONE,
     l7=HttpMessage("GET", "/api/v1/books", "/api/v1/books", "api.local"),
+    why=Misfit.BODY,
 )
 LAYER4 = FlowRecord(
     time=1_700_000_001.0,
@@ -69,6 +74,7 @@ class FakeAgent:
         self.state = EndpointState.ENFORCED
         self.reload_errors: list[str] = []
         self.restored: list[str] = []
+        self.requests = Requests()
         self.busy = 0
         self.overlapped = False
 
@@ -78,7 +84,16 @@ class FakeAgent:
             "api", EndpointState.ENFORCED, labels, "demo-api", "eth0", ["10.9.0.3"], ["api-allow"]
         )
         web = EndpointStatus("web", self.state, labels, "demo-web", "eth0", ["10.9.0.2"])
-        return AgentStatus("0.1.0", 4711, 1_700_000_000.0, "/run/x", 3, "off", [api, web])
+        return AgentStatus(
+            "0.1.0", 4711, 1_700_000_000.0, "/run/x", 3, "off", [api, web], requests=self.requests
+        )
+
+    def offload(self) -> OffloadStatus:
+        why = {Misfit.BODY: 2, Misfit.DENIED: 1}
+        left_out = ["api-allow/team: a header that Python has to look at"]
+        profile = ProfileStatus([str(RULE)], ["api"], ["ingress tcp/80"], Requests(97, 3), why, 41, left_out)
+        unused = ProfileStatus(["a/1", "a/2", "a/3", "a/4"], [], [], Requests(), {}, 0, [])
+        return OffloadStatus("auto", Requests(197, 3), 41, 65536, [profile, unused])
 
     def policies(self) -> list[PolicyStatus]:
         document = {"kind": "Policy", "metadata": {"name": "api-allow"}, "spec": {"select": {"role": "api"}}}
