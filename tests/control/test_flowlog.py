@@ -49,6 +49,7 @@ def test_record_of_a_request_has_every_field_of_the_contract() -> None:
             "http": {"method": "GET", "path": "/admin", "raw_path": "/api/../admin", "host": "api.local"},
         },
         "decided_by": "python",
+        "why_python": None,
     }
 
 
