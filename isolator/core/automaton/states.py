@@ -21,7 +21,7 @@ HEAD_MAX = 1460
 """Bytes of a head that the kernel reads: one wire segment (R2)."""
 
 STEPS_MAX = 512
-"""States that one head may pass: what a packet may cost. Whoever needs more is read by Python."""
+"""Steps before ACCEPT that one head may take: what a packet may cost. Whoever needs more is read by Python."""
 
 STRIDE = 16
 """Bytes that SKIP reads in one step; VALUE reads a word, or up to a tab."""
@@ -136,7 +136,7 @@ def run(automaton: Automaton, data: bytes) -> Stop:
     at, number, outcome, bits, lines = 0, automaton.start, 0, 0, 0
     if len(data) > HEAD_MAX:
         return Stop(0, 0, 0)
-    for _ in range(STEPS_MAX):
+    for _ in range(STEPS_MAX + 1):
         state = automaton.states[number]
         outcome = state.outcome or outcome
         following = 0
