@@ -20,6 +20,8 @@ from isolator.lab import API, PREFIX, Lab
 HANGS = 5.0  # s
 PATIENCE = 1.0  # s until an answer that does not come counts as waiting
 FORBIDDEN = request("GET", "/secret")
+ODD = request("GET", "/api/life", "TE: trailers")
+"""Allowed, and no automaton accepts it: Python has to decide."""
 
 # what: (with failure: closed, with failure: open). `waits`, `passes`: what needs Python; a number is an answer.
 EXPECTED = {
@@ -27,6 +29,7 @@ EXPECTED = {
     "layer 4, new connection": ("goes on", "goes on"),
     "layer 4, denied": ("denied", "denied"),
     "upload in its pass window": ("goes on", "goes on"),
+    "request that the kernel decides": ("passes", "passes"),
     "request, before the bound is over": ("waits", "passes"),
     "request on an established connection": ("waits", "passes"),
     "request on a new connection": ("waits", "passes"),
@@ -66,17 +69,18 @@ def hang(lab: Lab, failure: str) -> list[Seen]:
     lab.agent.send_signal(signal.SIGSTOP)
     stopped, told = time.monotonic(), {}
     try:
-        early.socket.sendall(request())
+        early.socket.sendall(ODD)
         time.sleep(HEARTBEAT_MAX / 1e9 + 0.5)
         told["layer 4, established"] = goes_on(plain)
         told["layer 4, new connection"] = "goes on" if connects(LAYER4) else "denied"
         told["layer 4, denied"] = "goes on" if connects(DENIED_PORT) else "denied"
         upload.socket.sendall(BODY[HALF:])
         told["upload in its pass window"] = "goes on" if answer(upload, 5) == "200" else "waits"
-        fresh, forbidden = Quiet(), Quiet()
+        fast, fresh, forbidden = Quiet(), Quiet(), Quiet()
         asked = {
-            "request on an established connection": (busy, request()),
-            "request on a new connection": (fresh, request()),
+            "request that the kernel decides": (fast, request()),
+            "request on an established connection": (busy, ODD),
+            "request on a new connection": (fresh, ODD),
             "forbidden request on a new connection": (forbidden, FORBIDDEN),
         }
         for connection, head in asked.values():
@@ -100,7 +104,7 @@ def hang(lab: Lab, failure: str) -> list[Seen]:
     told["SIGCONT: idle connection, then a forbidden one"] = asks(idle, FORBIDDEN)
     last = Quiet()
     told["SIGCONT: forbidden request on a new connection"] = asks(last, FORBIDDEN)
-    for connection in (idle, early, busy, plain, upload, fresh, forbidden, last):
+    for connection in (idle, early, busy, plain, upload, fast, fresh, forbidden, last):
         connection.close()
     which = 0 if failure == "closed" else 1
     return [Seen(what, expected[which], told[what]) for what, expected in EXPECTED.items()]

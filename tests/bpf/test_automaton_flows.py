@@ -39,7 +39,7 @@ def only(path: str) -> Automaton:
 @pytest.fixture
 def b(b: Bench) -> Bench:
     b.policy(automata={PROFILE: build(BOOKS)})
-    list(b.datapath.automata.take_counts())
+    b.datapath.automata.take_counts()
     return b
 
 
@@ -114,7 +114,7 @@ def test_the_next_request_is_read_by_the_policy_that_is_in_force(c: Conversation
     c.b.policy(automata={PROFILE: only("/books/2")})
     at, told = served(c, at, told, OTHER)
     assert c.client("PA", c.at(at), told, HEAD).where == "punt"
-    counted = [(named.rule, count) for _, named, count in c.b.datapath.automata.take_counts()]
+    counted = [(named.rule, count) for *_, named, count in c.b.datapath.automata.take_counts()]
     assert sorted(counted) == [("/books/2", 1), ("books", 1)]
 
 
@@ -332,7 +332,7 @@ def talk(made: Place) -> Talk:
         made.inspector.forget(flow)
     made.inspector.prepare_policy({PROFILE: BOOKS}, made.bench.datapath.generation)
     made.forwarder.drops.clear()
-    list(made.bench.datapath.automata.take_counts())
+    made.bench.datapath.automata.take_counts()
     made.inspector.take_counts()
     return Talk(made)
 

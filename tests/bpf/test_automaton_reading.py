@@ -30,7 +30,7 @@ class Reading:
     def __init__(self, b: Bench, automaton: Automaton) -> None:
         b.reset()
         b.policy(automata={PROFILE: automaton})
-        list(b.datapath.automata.take_counts())
+        b.datapath.automata.take_counts()
         self.talk = Conversation(b, isn=0xFFFFF000).handshake()
         self.asked, self.told = 0, SERVER_ISN + 1
 
@@ -49,7 +49,7 @@ class Reading:
 
     def counts(self) -> Counter[RuleRef]:
         found: Counter[RuleRef] = Counter()
-        for profile, named, count in self.talk.b.datapath.automata.take_counts():
+        for _, profile, named, count in self.talk.b.datapath.automata.take_counts():
             assert profile == PROFILE
             found[named] += count
         return found

@@ -124,10 +124,16 @@ def test_what_asks_whether_the_flow_is_still_the_same_lends_nothing(talk: Conver
 # -- what the kernel accepted --------------------------------------------------------------------------------
 
 
+def method(head: bytes) -> str:
+    return head.partition(b" ")[0].decode()
+
+
 def taken(talk: Conversation, head: bytes = GET, answer: bytes = b"", alone: bool = True) -> int:
     """The kernel has accepted `head`, and the server's half has come this far. Where the boundary stands."""
     end = (START + len(head)) & _MASK
-    talk.pinned.client = Half(end, START, record_seq=START, record=head, alone=alone)
+    talk.pinned.client = Half(
+        end, START, record_seq=START, record=head, alone=method(head) if alone else None
+    )
     talk.pinned.server = Half(SERVER + len(answer), SERVER, record_seq=SERVER, record=answer)
     return len(head)
 
@@ -237,7 +243,7 @@ class Kernel:
             return self._answer(Outcome.STALE)
         client.next, client.owner = following, Owner.KERNEL if lend else Owner.PYTHON
         if following != expect and record is not None:
-            (client.record_seq, client.record), client.alone = record, False
+            (client.record_seq, client.record), client.alone = record, None
         return self._answer(Outcome.OK)
 
     def take(self, key: bytes, direction: Direction, incarnation: int) -> Answer:
@@ -266,7 +272,8 @@ class Kernel:
         assert client.owner is Owner.KERNEL
         server.next += len(answer)
         server.record_seq, server.record = server.next, b""
-        client.acked, client.record_seq, client.record, client.alone = client.next, client.next, head, True
+        client.acked, client.record_seq, client.record = client.next, client.next, head
+        client.alone = method(head)
         client.next = (client.next + len(head)) & _MASK
 
 

@@ -27,7 +27,7 @@ from benchmarks.connections import (
     request,
     write_policy,
 )
-from benchmarks.hang import FORBIDDEN, answer, asks, goes_on, hang
+from benchmarks.hang import FORBIDDEN, ODD, answer, asks, goes_on, hang
 from benchmarks.life import restart, restore_all
 from isolator.lab import PREFIX, STATE, Lab, wait_for
 
@@ -96,14 +96,15 @@ def test_what_was_open_before_a_splice(lab: Lab) -> None:
 
 
 def test_sigterm_that_keeps(lab: Lab, connect: Open) -> None:
-    """At once, without the heartbeat's bound: it has said that it goes."""
+    """At once, without the heartbeat's bound: it has said that it goes. What an automaton accepts goes on."""
     plain, idle, upload = connect(Layer4), connect(Connection), connect(MidBody)
     upload.begin()
     time.sleep(0.2)
     lab.stop_agent(signal.SIGTERM)
     assert (goes_on(plain), goes_on(connect(Layer4))) == ("goes on", "goes on")
     upload.finish()
-    idle.socket.sendall(request())
+    assert asks(connect(Connection), request()) == "200"
+    idle.socket.sendall(ODD)
     assert answer(idle, 0.5) == "nothing"
     lab.start_agent()
     assert answer(idle, 20) == "200"
