@@ -17,6 +17,7 @@
 #define ADDRESSES_MAX 65536
 #define IDENTITIES_MAX 131072
 #define POLICY_MAX 1048576
+#define SELECTIONS_MAX 65536
 #define FLOWS4_MAX 262144
 #define FLOWS7_MAX 65536
 #define ENDPOINTS_MAX 4096
@@ -26,7 +27,7 @@
 #define WINDOWS_MAX 4         /* pass windows kept per direction (R8) */
 #define WINDOW_BYTES_MAX (1u << 30)
 #define REASONS_MAX 64
-#define STATES_MAX 65536      /* of automata, in two halves: a policy's generations never mix */
+#define STATES_MAX 65536      /* of automata, in two halves: policies never mix */
 #define TABLES_MAX 16384      /* likewise */
 #define OUTCOMES_MAX 32768    /* likewise */
 #define REQUESTS_MAX 65536    /* rules that accept requests, likewise */
@@ -130,6 +131,19 @@ struct identity_key {
 	__u32 prefixlen; /* 32 + 0 … 128 */
 	__u32 generation;
 	__u8 address[16];
+};
+
+/* selections: whose policy entries answer for an endpoint. Endpoints that the same policies select share them, and a
+ * change of a few endpoints is a new generation of these alone: `base` is the generation that the entries and the
+ * identities were written under. Not there: the entries are the endpoint's own, of this generation. */
+struct selection_key {
+	__u32 generation;
+	__u32 endpoint;
+	__u32 direction;
+};
+struct selection {
+	__u32 base;
+	__u32 number; /* policy_key.endpoint */
 };
 
 /* policy: first of (peer, protocol, port), (peer, protocol, 0), (peer, 0, 0), (0, 0, 0) decides */

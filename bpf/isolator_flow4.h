@@ -47,15 +47,23 @@ static __noinline __attribute__((unused)) int decide(const struct flow_key *flow
 {
 	struct identity_key address = {.prefixlen = 32 + 128, .generation = generation};
 	struct policy_key key = {.generation = generation};
+	struct selection_key at = {.generation = generation};
 	struct policy_value *value;
+	struct selection *selection;
 	__u32 *identity;
 
 	if (!flow || !d)
 		return 0;
+	key.endpoint = at.endpoint = flow->endpoint;
+	at.direction = d->initiator;
+	selection = bpf_map_lookup_elem(&selections, &at);
+	if (selection) {
+		address.generation = key.generation = selection->base;
+		key.endpoint = selection->number;
+	}
 	__builtin_memcpy(address.address, flow->remote, 16);
 	identity = bpf_map_lookup_elem(&identities, &address);
 	d->identity = identity ? *identity : 0;
-	key.endpoint = flow->endpoint;
 	key.peer = d->identity;
 	key.direction = d->initiator;
 	key.protocol = flow->protocol == IPPROTO_ICMPV6 ? IPPROTO_ICMP : flow->protocol;

@@ -24,6 +24,7 @@ MAP(BPF_MAP_TYPE_HASH, ports, __u32, struct port, PORTS_MAX, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_HASH, addresses, struct address_key, __u32, ADDRESSES_MAX, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_LPM_TRIE, identities, struct identity_key, __u32, IDENTITIES_MAX, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_HASH, policy, struct policy_key, struct policy_value, POLICY_MAX, BPF_F_NO_PREALLOC);
+MAP(BPF_MAP_TYPE_HASH, selections, struct selection_key, struct selection, SELECTIONS_MAX, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_LRU_HASH, flows4, struct flow_key, struct flow4, FLOWS4_MAX, 0);
 MAP(BPF_MAP_TYPE_HASH, flows7, struct flow_key, struct flow7, FLOWS7_MAX, BPF_F_NO_PREALLOC);
 MAP(BPF_MAP_TYPE_HASH, endpoints, __u32, struct endpoint, ENDPOINTS_MAX, BPF_F_NO_PREALLOC);

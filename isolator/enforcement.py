@@ -4,6 +4,8 @@
                              ├─ Known ┤                  ├─ compile ─▶ Python knows it ─▶ the kernel switches
     endpoints ─────▶ roster ─┘        └──────────────────┘                             ─▶ Python forgets the one before
 
+Where the policies are those in force, and only endpoints, their labels or addresses differ, what is compiled stands,
+and only the difference is computed and written (isolator.core.standing).
 Reading, compiling and writing run in the worker. Whatever fails on the way, the policy that was in force stays: the
 kernel switches by one store, and only to a generation that is written whole.
 Everything that changes the roster or the sources holds the agent's lock of changes; so does a caller of this.
@@ -13,10 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -26,12 +28,13 @@ from isolator.control.label_policy import asks_for_policy, label_policies, own_l
 from isolator.control.problems import ConfigErrors, errors_in
 from isolator.core.automaton.build import Automata
 from isolator.core.automaton.states import Automaton
-from isolator.core.compile import Compiled, PolicyEntry, PolicyTooLarge, compile_policies
+from isolator.core.compile import PolicyEntry, PolicyTooLarge
 from isolator.core.identities import Address
 from isolator.core.inspector import Inspector
 from isolator.core.model import Direction, Endpoint, Outsider
-from isolator.core.policy import LabelSet
-from isolator.offload import Offload
+from isolator.core.policy import LabelSet, Profile
+from isolator.core.standing import Standing
+from isolator.offload import Generation, Offload
 from isolator.records import Recorder
 from isolator.roster import Roster
 from isolator.worker import Worker, uncollected
@@ -55,6 +58,15 @@ class PolicyMaps(Protocol):
         generation: int,
         entries: Iterable[PolicyEntry],
         identities: Iterable[tuple[tuple[bytes, int], int]],
+        automata: Mapping[int, Automaton],
+        selections: Mapping[tuple[int, int], int],
+    ) -> None: ...
+    def change_policy(
+        self,
+        generation: int,
+        entries: Iterable[PolicyEntry],
+        identities: Mapping[tuple[bytes, int], tuple[int, int]],
+        selections: Mapping[tuple[int, int], int],
         automata: Mapping[int, Automaton],
     ) -> None: ...
     def retire(self) -> dict[int, int]: ...
@@ -105,6 +117,10 @@ class Enforcement:
             LabelSet, PolicySource
         ] = {}  # and was: nothing is parsed twice; who went last comes last
         self._refused: tuple[Known, float] | None = None  # and since when
+        self._standing: Standing | None = (
+            None  # what the kernel has, where that is known; and of what it was made
+        )
+        self._made_of: tuple[tuple[PolicySource, ...], dict[LabelSet, PolicySource]] | None = None
         self._files = files or PolicyFiles()
         self._stamps = stamps(path, loaded.config)
         self.automata = Automata()
@@ -138,6 +154,8 @@ class Enforcement:
         """Takes what is no longer in force out of the kernel. It takes some 15 ms after a change, and nobody waits."""
         try:
             await self._work(self._kernel.datapath.retire)
+            if self._standing is not None:
+                await self._work(self._standing.prepare)
         except Exception as error:  # likewise
             log.error("policies of before are not deleted, tried again", error=str(error))
 
@@ -147,38 +165,87 @@ class Enforcement:
         )
 
     async def _put_in_force(self, known: Known) -> None:
-        maps = self._kernel.datapath
-        labelled, compiled = await self._compiled(known, await self._read_labels(known))
-        await self._work(self.automata.compile, compiled.profiles if self.config.l7 == "auto" else {})
-        prepared = await self._work(self.offload.prepared, compiled, self.automata.by_profile)
-        self._inspector.prepare_policy(prepared.profiles, compiled.generation)
-        try:
-            await self._work(write, maps, compiled, self.automata.by_profile)
-        except Exception:  # whatever it is, Python must know what the kernel goes by
-            self._inspector.discard_policy(compiled.generation)
-            raise
-        self._inspector.policy_in_force(compiled.generation)
-        self.offload.put_in_force(prepared)
-        self._recorder.rules = compiled.rules
+        await self._read_labels(known)
+        if self._made_of == (known.sources, self._read) and await self._changed(known):
+            return
+        labelled, standing = await self._compiled(known, await self._within_budget(known))
+        await self._write_whole(standing)
+        self._standing, self._made_of = standing, (known.sources, self._read)
+        self._recorder.rules = standing.rules
         for own, source in labelled.items():
             if self._labelled.get(own) != source:
                 for problem in errors_in(source.problems):
                     log.error("closed by its labels", error=str(problem))
         self._labelled = labelled
 
+    async def _changed(self, known: Known) -> bool:
+        """Puts in force how endpoints and addresses differ from those before. False: there is nothing to build on."""
+        standing, self._standing = self._standing, None  # until it is known to be what the kernel has
+        if standing is None:
+            return False
+        change = await self._work(standing.change, known.endpoints, known.addresses, known.outsiders)
+        if change is None:
+            return False
+        new = self.offload.in_force.new(standing.profiles)
+        automata = await self._work(self.automata.add, self._in_kernel(new))
+        prepared = await self._work(self.offload.changed, new, automata, change.entries, change.tables)
+        await self._write(
+            self._kernel.datapath.change_policy,
+            self._kernel.datapath.next_generation(),
+            prepared,
+            change.entries,
+            change.identities,
+            change.tables,
+            automata,
+        )
+        self._standing = standing
+        return True
+
+    async def _write_whole(self, standing: Standing) -> None:
+        generation, whole = self._kernel.datapath.next_generation(), standing.whole
+        automata = await self._work(self.automata.compile, self._in_kernel(standing.profiles))
+        prepared = await self._work(
+            self.offload.prepared, generation, standing.profiles, automata, whole.entries, whole.tables
+        )
+        await self._write(
+            self._kernel.datapath.write_policy,
+            generation,
+            prepared,
+            whole.entries,
+            whole.identities.items(),
+            automata,
+            whole.tables,
+        )
+        whole.entries.clear()  # there may be hundreds of thousands, and the tables have them
+
+    def _in_kernel(self, profiles: dict[int, Profile]) -> dict[int, Profile]:
+        """Those that the kernel is to have automata of."""
+        return profiles if self.config.l7 == "auto" else {}
+
+    async def _write(
+        self, how: Callable[..., None], generation: int, prepared: Generation, *what: Any
+    ) -> None:
+        self._inspector.prepare_policy(prepared.profiles, generation)
+        try:
+            await self._work(how, generation, *what)
+        except Exception:  # whatever it is, Python must know what the kernel goes by
+            self._inspector.discard_policy(generation)
+            raise
+        self._inspector.policy_in_force(generation)
+        self.offload.put_in_force(prepared)
+
     async def _compiled(
         self, known: Known, labelled: dict[LabelSet, PolicySource]
-    ) -> tuple[dict[LabelSet, PolicySource], Compiled]:
+    ) -> tuple[dict[LabelSet, PolicySource], Standing]:
         """And the label policies as they are in it. Raises PolicyTooLarge where no label is to blame."""
         while True:
             try:
                 return labelled, await self._work(
                     uncollected,
-                    compile_policies,
+                    Standing,
                     [source.policy for source in (*known.sources, *labelled.values())],
                     known.endpoints,
                     known.addresses,
-                    self._kernel.datapath.next_generation(),
                     known.outsiders,
                 )
             except PolicyTooLarge:
@@ -187,11 +254,13 @@ class Enforcement:
                     raise
                 labelled = fewer
 
-    async def _read_labels(self, known: Known) -> dict[LabelSet, PolicySource]:
+    async def _read_labels(self, known: Known) -> None:
         kept = self._gone | self._read
         self._read = await self._work(label_policies, list(known.endpoints.values()), kept)
         gone = [(own, source) for own, source in kept.items() if own not in self._read]
         self._gone = dict(gone[-KEPT_MAX:])
+
+    async def _within_budget(self, known: Known) -> dict[LabelSet, PolicySource]:
         return await self._work(
             within_budget,
             first_come(self._read, self._labelled),
@@ -279,11 +348,6 @@ class Enforcement:
         """Whether any file that policy depends on differs from the last time this was asked."""
         before, self._stamps = self._stamps, stamps(self.path, self.config)
         return before != self._stamps
-
-
-def write(maps: PolicyMaps, compiled: Compiled, automata: Mapping[int, Automaton]) -> None:
-    identities = [((each.address, each.prefixlen), each.identity) for each in compiled.identities]
-    maps.write_policy(compiled.generation, compiled.entries, identities, automata)
 
 
 def selects(source: PolicySource, labels: Mapping[str, str]) -> bool:

@@ -1,10 +1,12 @@
-"""Whose requests the kernel decides and whose Python, by profile; it outlives policy generations.
+"""Whose requests the kernel decides and whose Python, by profile; it outlives policies.
 
-    compiled ─ prepared (worker) ─▶ Generation ─ put_in_force ─▶ view, total
-                                        ▲
-    the kernel's counts ─ add ──────────┘      Python counts by itself (Profile.tally)
+    a whole policy ─ prepared (worker) ─┐
+    a change of it ─ changed (worker) ──┴▶ Generation ─ put_in_force ─▶ view, total
+                                              ▲
+    the kernel's counts ─ add ────────────────┘      Python counts by itself (Profile.tally)
 
-Of generations the last three are kept: the kernel's counts come late, and frames may be under way.
+A policy and its changes are one Generation. The last three are kept: the kernel's counts come late, and frames may be
+under way.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from isolator.control.agent_view import OffloadStatus, ProfileStatus, Requests
 from isolator.core.automaton.states import Automaton
-from isolator.core.compile import Compiled
+from isolator.core.compile import PolicyEntry
 from isolator.core.model import Direction, Endpoint, RuleRef
 from isolator.core.policy import Outcome, Profile
 from isolator.core.tally import Misfit, Tally
@@ -27,17 +29,26 @@ NO_ROOM = "all of it: no room among the states of all profiles"
 _PROTOCOLS = {0: "any", 1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 
 Use = tuple[int, Direction, int, int]
-"""endpoint, direction, protocol, port"""
+"""entry's endpoint, direction, protocol, port"""
+
+Tables = Mapping[tuple[int, Direction], int]
+"""What the entries of an endpoint in a direction have in the place of an endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """`automata` is empty with `datapath.l7: python`. `uses`: by profile, what it is for."""
+    """`number`: that the policy was written as a whole under. `automata` is empty with `datapath.l7: python`. `uses`:
+    by profile, what it is for."""
 
     number: int
     profiles: dict[int, Profile]
     automata: dict[int, Automaton]
     uses: dict[int, set[Use]]
+    tables: Tables
+
+    def new(self, profiles: Mapping[int, Profile]) -> dict[int, Profile]:
+        """Those that a change has added."""
+        return {number: each for number, each in profiles.items() if number not in self.profiles}
 
 
 class Offload:
@@ -48,23 +59,60 @@ class Offload:
         self._gone = Requests()
         self._why_gone: Counter[Misfit] = Counter()
 
-    def prepared(self, compiled: Compiled, automata: Mapping[int, Automaton]) -> Generation:
-        """Profiles that stay as they are keep their tally."""
+    def prepared(
+        self,
+        number: int,
+        profiles: Mapping[int, Profile],
+        automata: Mapping[int, Automaton],
+        entries: Iterable[PolicyEntry],
+        tables: Tables,
+    ) -> Generation:
+        """A whole policy. Profiles that stay as they are keep their tally."""
+        return Generation(
+            number, self._tallied(profiles, automata), dict(automata), uses_of(entries, {}), tables
+        )
+
+    def changed(
+        self,
+        profiles: Mapping[int, Profile],
+        automata: Mapping[int, Automaton],
+        entries: Iterable[PolicyEntry],
+        tables: Tables,
+    ) -> Generation:
+        """The one in force with these profiles, automata and entries more. `tables`: all."""
+        before = self.in_force
+        return Generation(
+            before.number,
+            before.profiles | self._tallied(profiles, automata),
+            {**before.automata, **automata},
+            uses_of(entries, before.uses),
+            tables,
+        )
+
+    @property
+    def in_force(self) -> Generation:
+        """Once there is one."""
+        return next(reversed(self._generations.values()))
+
+    def _tallied(
+        self, profiles: Mapping[int, Profile], automata: Mapping[int, Automaton]
+    ) -> dict[int, Profile]:
+        if not profiles:
+            return {}
         kept: dict[Outcome, Tally] = {
             profile.outcome: profile.tally
             for generation in tuple(self._generations.values())
             for profile in generation.profiles.values()
         }
-        profiles = {
+        return {
             number: replace(
                 profile, tally=kept.get(profile.outcome) or Tally(accepting(automata.get(number)))
             )
-            for number, profile in compiled.profiles.items()
+            for number, profile in profiles.items()
         }
-        return Generation(compiled.generation, profiles, dict(automata), uses_of(compiled))
 
     def put_in_force(self, generation: Generation) -> None:
-        self._generations[generation.number] = generation
+        self._generations[generation.number] = generation  # a change has all that was there before it
         before = self._tallies()
         for number in list(self._generations)[:-KEPT]:
             del self._generations[number]
@@ -111,10 +159,13 @@ class Offload:
         without = set(without_room)
         states, profiles = 0, []
         if self._generations:
-            generation = list(self._generations.values())[-1]
+            generation = self.in_force
+            names: dict[tuple[int, Direction], list[str]] = {}
+            for (number, direction), table in generation.tables.items():
+                if number in endpoints:
+                    names.setdefault((table, direction), []).append(endpoints[number].name)
             profiles = [
-                profile_status(generation, number, endpoints, number in without)
-                for number in generation.profiles
+                profile_status(generation, number, names, number in without) for number in generation.profiles
             ]
             states = sum(each.states for each in profiles)
         return OffloadStatus(l7, self.total, states, STATES_MAX // 2, profiles)
@@ -128,24 +179,26 @@ def accepting(automaton: Automaton | None) -> frozenset[RuleRef] | None:
     return frozenset(automaton.rules[number - 1] for number in named if number)
 
 
-def uses_of(compiled: Compiled) -> dict[int, set[Use]]:
-    uses: dict[int, set[Use]] = {}
-    for e in compiled.entries:
+def uses_of(entries: Iterable[PolicyEntry], before: Mapping[int, set[Use]]) -> dict[int, set[Use]]:
+    """And those before."""
+    more: dict[int, set[Use]] = {}
+    for e in entries:
         if e.profile:
-            uses.setdefault(e.profile, set()).add((e.endpoint, e.direction, e.protocol, e.port))
-    return uses
+            more.setdefault(e.profile, set()).add((e.endpoint, e.direction, e.protocol, e.port))
+    return {**before, **{profile: before.get(profile, set()) | uses for profile, uses in more.items()}}
 
 
 def profile_status(
-    generation: Generation, number: int, endpoints: Mapping[int, Endpoint], without_room: bool
+    generation: Generation, number: int, names: Mapping[tuple[int, Direction], list[str]], without_room: bool
 ) -> ProfileStatus:
+    """`names`: of a table's endpoints."""
     profile, automaton = generation.profiles[number], generation.automata.get(number)
     uses = generation.uses.get(number, set())
     tally = profile.tally
     written = automaton is not None and automaton.start and not without_room
     return ProfileStatus(
         rules=list(dict.fromkeys(str(rule) for rule in rules_of(profile.outcome))),
-        endpoints=sorted({endpoints[use[0]].name for use in uses if use[0] in endpoints}),
+        endpoints=sorted({name for use in uses for name in names.get(use[:2], ())}),
         ports=sorted({port_text(*use[1:]) for use in uses}),
         requests=Requests(tally.kernel, tally.python),
         why=dict(tally.why.most_common()),

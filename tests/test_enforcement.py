@@ -17,9 +17,10 @@ from isolator.control.config import load
 from isolator.control.flowlog import FlowLog
 from isolator.control.label_policy import label_policies
 from isolator.core.automaton.states import Automaton
-from isolator.core.compile import PolicyEntry, PolicyTooLarge, compile_policies
+from isolator.core.compile import PolicyEntry, PolicyTooLarge
 from isolator.core.inspector import Inspector
 from isolator.core.model import Endpoint, Outsider
+from isolator.core.standing import Standing
 from isolator.datapath.libbpf import BpfError
 from isolator.enforcement import Enforcement, stamps
 from isolator.records import Recorder
@@ -48,6 +49,9 @@ class FakeMaps:
         self.generation = 0
         self.last = 0
         self.ports: set[int] = set()
+        self.entries: list[PolicyEntry] = []
+        self.wholes = 0
+        self.automata: set[int] = set()
         self.full: Exception | None = None
         self.late: Exception | None = None
 
@@ -61,10 +65,28 @@ class FakeMaps:
         entries: Iterable[PolicyEntry],
         identities: Iterable[tuple[tuple[bytes, int], int]],
         automata: Mapping[int, Automaton],
+        selections: Mapping[tuple[int, int], int],
     ) -> None:
         if self.full is not None:
             raise self.full
-        self.generation, self.ports = generation, {entry.port for entry in entries} - {0}
+        self.entries, self.automata, self.wholes = [], set(), self.wholes + 1
+        self.change_policy(generation, entries, {}, selections, automata)
+
+    def change_policy(
+        self,
+        generation: int,
+        entries: Iterable[PolicyEntry],
+        identities: Mapping[tuple[bytes, int], tuple[int, int]],
+        selections: Mapping[tuple[int, int], int],
+        automata: Mapping[int, Automaton],
+    ) -> None:
+        if self.full is not None:
+            raise self.full
+        self.generation = generation
+        self.entries += entries
+        self.automata |= automata.keys()
+        used = set(selections.values())
+        self.ports = {entry.port for entry in self.entries if entry.endpoint in used} - {0}
 
     def retire(self) -> dict[int, int]:
         if self.late is not None:
@@ -189,18 +211,81 @@ def test_what_was_refused_is_not_tried_each_second(setting: Setting, monkeypatch
 def test_the_loop_goes_on_while_policy_is_compiled(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*arguments: Any) -> Any:
         time.sleep(0.3)
-        return compile_policies(*arguments)
+        return Standing(*arguments)
 
     async def beats() -> int:
-        setting.more()
-        count, enforcing = 0, asyncio.create_task(setting.policy.enforce())
+        count, enforcing = 0, asyncio.create_task(setting.policy.reload())
         while not enforcing.done():
             await asyncio.sleep(0.01)
             count += 1
         return count
 
-    monkeypatch.setattr(enforcement, "compile_policies", slow)
+    setting.put(81)
+    monkeypatch.setattr(enforcement, "Standing", slow)
     assert setting.play(beats)[0] > 10
+
+
+def test_who_comes_moves_and_goes_needs_no_compilation(setting: Setting) -> None:
+    async def change() -> None:
+        setting.more()
+        await setting.policy.catch_up()
+        setting.roster.put(2, Endpoint("other", {"app": "else"}), (ip_address("10.0.0.3"),))
+        await setting.policy.catch_up()
+        setting.roster.remove(2)
+        await setting.policy.catch_up()
+
+    setting.play(change, setting.policy.retire)
+    assert setting.datapath.wholes == 1 and setting.datapath.ports == {80}
+    setting.agree(4)
+
+
+def test_a_profile_that_a_change_brings_has_its_automaton(setting: Setting) -> None:
+    async def refused() -> None:
+        setting.put(81, "q")
+        setting.datapath.full = BpfError("map policy: full", 7)
+        await setting.policy.reload()
+        setting.datapath.full = None
+
+    async def change() -> None:
+        setting.roster.put(2, Endpoint("other", {"app": "till"}), (ip_address("10.0.0.2"),))
+        await setting.policy.catch_up()
+
+    (setting.folder / "policies" / "till.yaml").write_text(
+        POLICY.format(name="till", port=82).replace("app: shop", "app: till").replace("/ok", "/till")
+    )
+    setting.policy.sources = load(setting.folder / "isolator.yaml").sources
+    setting.play(refused, change)
+    offload = setting.policy.offload.in_force
+    assert setting.datapath.wholes == 1 and setting.datapath.automata == {1, 2} == offload.automata.keys()
+    assert [sorted({use[3] for use in offload.uses[number]}) for number in (1, 2)] == [[80], [82]]
+
+
+def test_a_change_that_cannot_be_written_is_followed_by_a_whole_compilation(setting: Setting) -> None:
+    async def change() -> None:
+        setting.more()
+        setting.datapath.full = BpfError("map policy: full", 7)
+        await setting.policy.catch_up()
+        setting.agree(1)
+        setting.datapath.full = None
+        setting.roster.put(3, Endpoint("third", {"app": "shop"}), (ip_address("10.0.0.3"),))
+        await setting.policy.catch_up()
+
+    setting.play(change)
+    assert setting.datapath.wholes == 2 and setting.policy.trouble is None
+    setting.agree(3)
+
+
+def test_labels_that_were_refused_are_not_taken_for_those_in_force(setting: Setting) -> None:
+    async def change() -> None:
+        setting.roster.put(2, Endpoint("api", labelled(8080)), (ip_address("10.0.0.2"),))
+        setting.datapath.full = BpfError("map policy: full", 7)
+        await setting.policy.catch_up()
+        setting.datapath.full = None
+        setting.roster.put(3, Endpoint("third", {}), ())
+        await setting.policy.catch_up()
+
+    setting.play(change)
+    assert setting.datapath.ports == {80, 8080}
 
 
 def test_files_that_no_reader_expects(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +417,7 @@ def test_where_all_do_not_fit_the_newcomers_labels_close_it_and_the_others_stay(
         rules = [rule for policy in policies for rule in policy.ingress or ()]
         if sum(bool(match.port) for rule in rules for match in rule.ports) > 3:
             raise PolicyTooLarge("too much")
-        return compile_policies(policies, *others)
+        return Standing(policies, *others)
 
     async def appear() -> None:
         for number, port in (2, 8080), (3, 8081), (4, 8082):
@@ -344,7 +429,7 @@ def test_where_all_do_not_fit_the_newcomers_labels_close_it_and_the_others_stay(
         setting.put(81, "q")
         return await setting.policy.reload()
 
-    monkeypatch.setattr(enforcement, "compile_policies", small_kernel)
+    monkeypatch.setattr(enforcement, "Standing", small_kernel)
     _, (told,) = setting.play(appear, reload)
     assert told.endswith("isolator.yaml: too much"), "no newcomer is to blame"
     assert setting.datapath.ports == {80, 8080, 8081} and setting.policy.trouble is None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from isolator.control.agent_view import Requests
 from isolator.core.automaton.build import Automata
-from isolator.core.compile import Compiled, compile_policies
-from isolator.core.model import Endpoint, RuleRef
+from isolator.core.model import Direction, Endpoint, RuleRef
 from isolator.core.pattern import PathPattern
-from isolator.core.policy import HttpRule, Policy, PortMatch, Rule
+from isolator.core.policy import HttpRule, Policy, PortMatch, Rule, labels_of
+from isolator.core.standing import Standing
 from isolator.core.tally import Misfit
 from isolator.datapath.automata import Accepted
 from isolator.offload import NO_ROOM, Generation, Offload
@@ -16,16 +16,28 @@ API = {1: Endpoint("api", {"app": "api"})}
 READ = RuleRef("shop", "read")
 
 
-def compiled(generation: int, path: str = "/a/**") -> Compiled:
+def standing(path: str = "/a/**") -> Standing:
     line = HttpRule(frozenset({"GET"}), PathPattern(path))
     policy = Policy("shop", ingress=(Rule("read", ports=(PortMatch(6, 80),), http=(line,)),))
-    return compile_policies([policy], API, {}, generation)
+    return Standing([policy], API, {})
 
 
 def put(offload: Offload, generation: int, path: str = "/a/**") -> Generation:
-    made, automata = compiled(generation, path), Automata()
-    automata.compile(made.profiles)
-    prepared = offload.prepared(made, automata.by_profile)
+    return put_standing(offload, generation, standing(path))
+
+
+def put_standing(offload: Offload, generation: int, made: Standing) -> Generation:
+    automata, whole = Automata().compile(made.profiles), made.whole
+    prepared = offload.prepared(generation, made.profiles, automata, whole.entries, whole.tables)
+    offload.put_in_force(prepared)
+    return prepared
+
+
+def change(offload: Offload, made: Standing, there: dict[int, Endpoint]) -> Generation:
+    change = made.change(there, {})
+    assert change is not None
+    new = offload.in_force.new(made.profiles)
+    prepared = offload.changed(new, Automata().add(new), change.entries, change.tables)
     offload.put_in_force(prepared)
     return prepared
 
@@ -63,9 +75,35 @@ def test_what_has_no_room_and_what_is_not_wanted() -> None:
     (number,) = put(offload, 1).profiles
     (told,) = offload.status(API, "auto", [number]).profiles
     assert (told.states, told.left_out) == (0, [NO_ROOM])
-    offload.put_in_force(offload.prepared(compiled(2), {}))
+    made = standing()
+    offload.put_in_force(offload.prepared(2, made.profiles, {}, made.whole.entries, made.whole.tables))
     (told,) = offload.status(API, "python", ()).profiles
     assert (told.states, told.left_out) == (0, [])
+
+
+def test_changes_go_on_with_what_they_change() -> None:
+    offload = Offload()
+    lines = {name: HttpRule(frozenset({"GET"}), PathPattern(f"/{name}")) for name in ("a", "b")}
+    made = Standing(
+        [
+            Policy(
+                name, labels_of({"app": name}), ingress=(Rule("r", ports=(PortMatch(6, 80),), http=(line,)),)
+            )
+            for name, line in lines.items()
+        ],
+        {1: Endpoint("first", {"app": "a"})},
+        {},
+    )
+    (profile,) = put_standing(offload, 1, made).profiles.values()
+    for at in range(2, 9):
+        there = {1: Endpoint("first", {"app": "a"}), at: Endpoint(f"e{at}", {"app": "b" if at % 2 else "a"})}
+        changed = change(offload, made, there)
+        assert changed.profiles[profile.number] is profile
+    offload.add([Accepted(1, profile.number, RuleRef("a", "r"), 5)])
+    first, second = offload.status(there, "auto", ()).profiles
+    assert (first.endpoints, first.requests) == (["e8", "first"], Requests(5, 0))
+    assert (second.endpoints, second.rules) == ([], ["b/r"]) and second.states
+    assert {use[1] for use in offload.in_force.uses[profile.number]} == {Direction.INGRESS}
 
 
 def test_before_there_is_any_policy() -> None:

@@ -73,7 +73,7 @@ def within_budget(
         )
         return f"{entries} entries of all labels, of {ENTRIES_MAX}" if entries > ENTRIES_MAX else ""
 
-    if not exceeds(len(asking)):
+    if not asking or not exceeds(len(asking)):
         return labelled
     fitting = bisect_left(range(1, len(asking) + 1), True, key=lambda count: bool(exceeds(count)))
     text = exceeds(fitting + 1)

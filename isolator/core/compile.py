@@ -23,7 +23,7 @@ from typing import NamedTuple
 from isolator.core.identities import IDENTITIES_MAX, Address, Identities, IdentityPrefix, build_identities
 from isolator.core.index import PeerIndex, SelectionIndex
 from isolator.core.model import Direction, DropReason, Endpoint, Outsider, PolicyFlag, RuleRef, Verdict
-from isolator.core.policy import Covering, Outcome, Policy, Profile, weigh
+from isolator.core.policy import Covering, Identity, Outcome, Policy, Profile, weigh
 
 POLICY_MAX = 1048576
 """Entries the kernel's map holds (POLICY_MAX of the shared header): two generations at once, so half each."""
@@ -115,12 +115,12 @@ class Compiler:
     """One compilation: numbers rules and profiles, and computes what endpoints share only once."""
 
     def __init__(self, policies: Sequence[Policy], identities: Identities) -> None:
-        self._policies = policies
+        self.policies = policies
         self._selections = SelectionIndex(policies)
-        self._peers = PeerIndex(identities.numbers)
+        self.peers = PeerIndex(identities.numbers)
         self._rule_numbers: dict[RuleRef, int] = {}
         self._profiles: dict[Outcome, Profile] = {}
-        self._tables: dict[tuple[Direction, tuple[int, ...]], list[Row]] = {}
+        self._tables: dict[tuple[Direction, tuple[int, ...]], Table] = {}
         for policy in policies:
             for rule in (*(policy.ingress or ()), *(policy.egress or ())):
                 self._rule_numbers.setdefault(RuleRef(policy.name, rule.name), len(self._rule_numbers) + 1)
@@ -134,30 +134,21 @@ class Compiler:
         return {number: ref for ref, number in self._rule_numbers.items()}
 
     def entries(self, number: int, endpoint: Endpoint, direction: Direction) -> list[PolicyEntry]:
+        ends = (number, direction)
+        return [PolicyEntry._make(ends + row) for row in self.table(endpoint, direction).rows]
+
+    def table(self, endpoint: Endpoint, direction: Direction) -> Table:
+        """The same for all endpoints that the same policies select."""
         selecting = self._selections.selecting(endpoint.labels, direction)
         if (direction, selecting) not in self._tables:
-            self._tables[direction, selecting] = list(self._table(direction, selecting))
-        ends = (number, direction)
-        return [PolicyEntry._make(ends + row) for row in self._tables[direction, selecting]]
+            self._tables[direction, selecting] = Table(self, direction, selecting)
+        return self._tables[direction, selecting]
 
-    def _table(self, direction: Direction, selecting: Iterable[int]) -> Iterator[Row]:
-        policies = [self._policies[at] for at in selecting]
-        every = [Covering(policy, rule) for policy in policies for rule in policy.rules(direction) or ()]
-        yield *ANYTHING, *self._answer(weigh(policies, ()))
-        matching: dict[int, list[int]] = {}
-        for at, each in enumerate(every):
-            for peer in self._peers.matching(each.rule):
-                matching.setdefault(peer, []).append(at)
-        known: dict[tuple[int, ...], list[tuple[tuple[int, int], Answer]]] = {}
-        for peer in sorted(matching):  # whom no rule matches, the default answers for
-            alike = tuple(matching[peer])
-            if alike not in known:
-                settled = settle(policies, [every[at] for at in alike])
-                known[alike] = [(pair, self._answer(outcome)) for pair, outcome in settled]
-            for pair, answer in known[alike]:
-                yield peer, *pair, *answer
+    def admit(self, peer: int, identity: Identity) -> None:
+        """One more identity; what tables have to say of it, they are to be asked for."""
+        self.peers.add(peer, identity)
 
-    def _answer(self, outcome: Outcome) -> Answer:
+    def answer(self, outcome: Outcome) -> Answer:
         decision = outcome.flow
         rule = self._rule_numbers[decision.rule] if decision.rule else 0
         profile = self._profile(outcome).number if outcome.inspects else 0
@@ -167,6 +158,34 @@ class Compiler:
         if outcome not in self._profiles:
             self._profiles[outcome] = Profile(len(self._profiles) + 1, outcome)
         return self._profiles[outcome]
+
+
+class Table:
+    """What is said in one direction of those whom the policies at `selecting` select: `rows`, the default's first."""
+
+    def __init__(self, compiler: Compiler, direction: Direction, selecting: tuple[int, ...]) -> None:
+        self._compiler, self.direction = compiler, direction
+        self._selecting = [compiler.policies[at] for at in selecting]
+        self._every: list[Covering] = []
+        self.first: dict[int, int] = {}  # policy → where its rules begin
+        for at, policy in zip(selecting, self._selecting, strict=True):
+            self.first[at] = len(self._every)
+            self._every += (Covering(policy, rule) for rule in policy.rules(direction) or ())
+        self._known: dict[tuple[int, ...], list[tuple[tuple[int, int], Answer]]] = {}
+        self.rows: list[Row] = [(*ANYTHING, *compiler.answer(weigh(self._selecting, ())))]
+        matching: dict[int, list[int]] = {}
+        for at, each in enumerate(self._every):
+            for peer in compiler.peers.matching(each.rule):
+                matching.setdefault(peer, []).append(at)
+        for peer in sorted(matching):  # whom no rule matches, the default answers for
+            self.rows += self.of(peer, tuple(matching[peer]))
+
+    def of(self, peer: int, alike: tuple[int, ...]) -> list[Row]:
+        """The rows of an identity that these of its rules match, ascending, at least one."""
+        if alike not in self._known:
+            settled = settle(self._selecting, [self._every[at] for at in alike])
+            self._known[alike] = [(pair, self._compiler.answer(outcome)) for pair, outcome in settled]
+        return [(peer, *pair, *answer) for pair, answer in self._known[alike]]
 
 
 def settle(

@@ -5,12 +5,14 @@ An index only narrows down. Whether a policy selects and a peer matches is asked
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from isolator.core.model import Direction
 from isolator.core.policy import Identity, Network, Peer, Policy, Range, Rule, Selected, World
 
 Label = tuple[str, str]
+Place = tuple[int, Direction, int]
+"""Of a rule: policy, direction, which."""
 
 
 class SelectionIndex:
@@ -47,12 +49,20 @@ class PeerIndex:
         self._owned: list[int] = []
         self._world: list[int] = []
         for number, identity in self._identities.items():
-            (self._owned if identity.owners else self._world).append(number)
-            for label in set().union(*identity.owners):
-                self._by_label.setdefault(label, []).append(number)
-            for network in identity.networks:
-                self._by_network.setdefault(network, []).append(number)
+            self._file(number, identity)
         self._matching: dict[tuple[Peer, bool], tuple[int, ...]] = {}
+
+    def add(self, number: int, identity: Identity) -> None:
+        self._identities[number] = identity
+        self._file(number, identity)
+        self._matching.clear()
+
+    def _file(self, number: int, identity: Identity) -> None:
+        (self._owned if identity.owners else self._world).append(number)
+        for label in set().union(*identity.owners):
+            self._by_label.setdefault(label, []).append(number)
+        for network in identity.networks:
+            self._by_network.setdefault(network, []).append(number)
 
     def matching(self, rule: Rule) -> Iterable[int]:
         """The numbers of the identities that the rule's peers match."""
@@ -80,3 +90,56 @@ class PeerIndex:
             case World():
                 return self._world
         return self._identities
+
+
+class RuleIndex:
+    """Rules by what their peers name: those that match one identity, without asking all."""
+
+    def __init__(self, policies: Sequence[Policy]) -> None:
+        self._everybody: list[Place] = []
+        self._owned: list[Place] = []
+        self._world: list[Place] = []
+        self._by_label: dict[Label, list[Place]] = {}
+        self._by_network: dict[Network, list[Place]] = {}
+        self._rules: dict[Place, Rule] = {}
+        needed: dict[Label, int] = {}
+        for at, policy in enumerate(policies):
+            for direction in Direction:
+                for which, rule in enumerate(policy.rules(direction) or ()):
+                    self._rules[at, direction, which] = rule
+                    for peer in rule.peers or ():
+                        for label in peer.labels if isinstance(peer, Selected) else ():
+                            needed[label] = needed.get(label, 0) + 1
+        for place, rule in self._rules.items():
+            for file in self._files(rule, needed):
+                file.append(place)
+
+    def _files(self, rule: Rule, needed: Mapping[Label, int]) -> Iterator[list[Place]]:
+        if rule.peers is None:
+            yield self._everybody
+        for peer in rule.peers or ():
+            match peer:
+                case Selected(labels) if labels:
+                    rarest = min(labels, key=lambda label: (needed[label], label))
+                    yield self._by_label.setdefault(rarest, [])
+                case Selected():
+                    yield self._owned
+                case Range(network):
+                    yield self._by_network.setdefault(network, [])
+                case World():
+                    yield self._world
+
+    def matching(self, identity: Identity) -> dict[tuple[int, Direction], list[int]]:
+        """By policy and direction the rules that match, ascending."""
+        labels, networks = set().union(*identity.owners), identity.networks
+        files = [
+            self._everybody,
+            self._owned if identity.owners else self._world,
+            *(self._by_label.get(label, ()) for label in labels),
+            *(self._by_network.get(network, ()) for network in networks),
+        ]
+        found: dict[tuple[int, Direction], list[int]] = {}
+        for at, direction, which in sorted(set().union(*files)):
+            if self._rules[at, direction, which].matches_peer(identity):
+                found.setdefault((at, direction), []).append(which)
+        return found

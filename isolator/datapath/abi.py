@@ -74,6 +74,8 @@ POLICY_VALUE = Layout(
     "policy_value",
     verdict="B", flags="B", reason="B", pad="x", profile="I", rule="I", automaton="I", hits="Q",
 )  # fmt: skip
+SELECTION_KEY = Layout("selection_key", generation="I", endpoint="I", direction="I")
+SELECTION = Layout("selection", base="I", number="I")
 FLOW_KEY = Layout(
     "flow_key",
     endpoint="I", local="16s", remote="16s", local_port="H", remote_port="H", protocol="B", pad="3x",
@@ -124,8 +126,8 @@ CONTROL = Layout(
 )  # fmt: skip
 
 LAYOUTS = (
-    PORT, ADDRESS_KEY, IDENTITY_KEY, POLICY_KEY, POLICY_VALUE, FLOW_KEY, FLOW4, HALF, FLOW7, FLOW7_COMMAND,
-    ENDPOINT, EVENT, DROP_COUNTER, CONTROL, STATE, TABLE, OUTCOME,
+    PORT, ADDRESS_KEY, IDENTITY_KEY, SELECTION_KEY, SELECTION, POLICY_KEY, POLICY_VALUE, FLOW_KEY, FLOW4, HALF,
+    FLOW7, FLOW7_COMMAND, ENDPOINT, EVENT, DROP_COUNTER, CONTROL, STATE, TABLE, OUTCOME,
 )  # fmt: skip
 
 _NUMBER = struct.Struct("=I")
@@ -185,6 +187,10 @@ def prefix_of(network: IPv4Network | IPv6Network) -> tuple[bytes, int]:
 def mapped(address: IPv4Address | IPv6Address) -> bytes:
     """16 bytes; IPv4 mapped into IPv6 (RFC 4291 section 2.5.5.2)."""
     return _MAPPED + address.packed if address.version == 4 else address.packed
+
+
+def selection_key(generation: int, endpoint: int, direction: int) -> bytes:
+    return SELECTION_KEY.struct.pack(generation, endpoint, direction)
 
 
 def policy_key(generation: int, endpoint: int, direction: int, peer: int, protocol: int, port: int) -> bytes:

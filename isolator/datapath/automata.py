@@ -1,7 +1,8 @@
 """Automata in the kernel's maps: states, tables, outcomes, and a counter for each rule that accepts requests.
 
-The maps have two halves. A policy generation writes into the one that the generation in force is not in, so that no
-packet reads states of two; what is in a half is overwritten once nobody reads it any more (Datapath.retire).
+The maps have two halves. A whole policy is written into the one that is not in use, so that no packet reads states of
+two; what is in a half is overwritten once nobody reads it any more (Datapath.retire). A change of the policy in force
+is written behind what is in its half: entries that stay in force keep pointing there.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _SETS: dict[Octet, tuple[int, int]] = {
 
 
 class Accepted(NamedTuple):
-    """How many requests a rule has accepted. `profile` is the generation's."""
+    """How many requests a rule has accepted. `generation`: that its policy was written as a whole under; `profile` is
+    the policy's."""
 
     generation: int
     profile: int
@@ -77,9 +79,10 @@ class Room:
 
 @dataclass(slots=True)
 class Written:
-    """One generation's automata: where each profile's begins, and who is counted where."""
+    """One policy's automata: where each profile's begins, and who is counted where. `generation`: the first of them."""
 
     generation: int
+    room: Room
     first: int
     starts: dict[int, int] = field(default_factory=dict)
     counted: list[tuple[int, RuleRef]] = field(default_factory=list)
@@ -91,32 +94,57 @@ class Written:
 class AutomatonMaps:
     """The maps `states`, `tables`, `outcomes` and `requests`. For one thread."""
 
-    def __init__(self, maps: Mapping[str, Map]) -> None:
-        self._maps = maps
+    def __init__(self, maps: Mapping[str, Map], half: int = 0) -> None:
+        """`half`: the one in use, by whoever wrote there."""
+        self._maps, self._half = maps, half
         self._halves: dict[int, Written] = {}
         self._unread: list[Accepted] = []
 
     def write(self, generation: int, automata: Mapping[int, Automaton]) -> dict[int, int]:
-        """Into the half of this generation; nobody may be reading there. Returns the state in which each profile's
-        automaton begins: what finds no room is left out. Raises BpfError."""
-        self._unread += self._count(self._halves.get(generation & 1))
-        room = Room.of(generation & 1)
-        written = self._halves[generation & 1] = Written(generation, room.requests)
+        """Into the half that is not in use; nobody may be reading there. Then `switch` or `discard`. Returns the state
+        in which each profile's automaton begins: what finds no room is left out. Raises BpfError."""
+        half = 1 - self._half
+        self._unread += self._count(self._halves.get(half))
+        room = Room.of(half)
+        written = self._halves[half] = Written(generation, room, room.requests)
+        self._append(written, automata)
+        return written.starts
+
+    def switch(self) -> None:
+        """What was written is in use."""
+        self._half = 1 - self._half
+
+    def discard(self) -> None:
+        """It never came into use."""
+        self._halves.pop(1 - self._half, None)
+
+    def add(self, automata: Mapping[int, Automaton]) -> dict[int, int]:
+        """Behind what is in use, as far as there is room. Returns where all begin, like `write`. Raises BpfError."""
+        written = self._halves.get(self._half)
+        if written is None:  # another process wrote what is there: nobody knows where it ends
+            return {}
+        self._append(
+            written, {number: each for number, each in automata.items() if number not in written.starts}
+        )
+        return written.starts
+
+    def _append(self, written: Written, automata: Mapping[int, Automaton]) -> None:
+        first = len(written.counted)
         for profile, automaton in sorted(automata.items()):
             if not automaton.start:
                 continue
-            if not room.has(automaton):
+            if not written.room.has(automaton):
                 written.without_room.append(profile)
                 continue
-            written.starts[profile] = self._write(automaton, room)
+            written.starts[profile] = self._write(automaton, written.room)
             written.counted += [(profile, rule) for rule in automaton.rules]
-        written.seen = array("Q", bytes(8 * len(written.counted)))
+        added = len(written.counted) - first
+        written.seen.extend([0] * added)
         requests = self._maps["requests"]
         requests.update_many(
             (number.to_bytes(4, "little"), bytes(requests.value_room))
-            for number in range(written.first, written.first + len(written.counted))
+            for number in range(written.first + first, written.first + first + added)
         )
-        return written.starts
 
     def _write(self, automaton: Automaton, room: Room) -> int:
         encoding = Encoding(automaton, room)
@@ -142,8 +170,9 @@ class AutomatonMaps:
         return list(written.without_room) if written else []
 
     def _of(self, generation: int) -> Written | None:
-        written = self._halves.get(generation & 1)
-        return written if written is not None and written.generation == generation else None
+        """The policy that this generation is of, or is a change of."""
+        before = [each for each in self._halves.values() if each.generation <= generation]
+        return max(before, key=lambda each: each.generation, default=None)
 
     def take_counts(self) -> list[Accepted]:
         """Requests accepted since the last call, of both halves."""

@@ -21,6 +21,8 @@ from isolator.datapath.abi import (
     ENDPOINT,
     POLICY_KEY,
     REASONS_MAX,
+    SELECTION,
+    STATES_MAX,
     DropCounter,
     Flow4,
     Flow7,
@@ -32,6 +34,7 @@ from isolator.datapath.abi import (
     policy_key,
     policy_value,
     prefix_of,
+    selection_key,
 )
 from isolator.datapath.attach import XdpMode
 from isolator.datapath.automata import AutomatonMaps
@@ -53,6 +56,8 @@ _XDP_PROGRAM = {XdpMode.NATIVE: "isolator_xdp", XdpMode.GENERIC: "isolator_xdp_g
 
 Prefix = tuple[bytes, int]  # 16 bytes, bits of them
 NO_AUTOMATA: Mapping[int, Automaton] = MappingProxyType({})
+Selections = Mapping[tuple[int, int], int]  # endpoint, direction → number, in the place of an endpoint's
+NO_SELECTIONS: Selections = MappingProxyType({})
 
 
 class PolicyEntry(Protocol):
@@ -84,6 +89,11 @@ def _number(value: int) -> bytes:
     return value.to_bytes(4, "little")
 
 
+def _generation_of(key: bytes) -> int:
+    """Of a selection's or a policy entry's key."""
+    return int.from_bytes(key[:4], "little")
+
+
 def _endpoint_of(key: bytes) -> int:
     """Whose entry it is: keys of flows, quotas and addresses begin with the endpoint."""
     return int.from_bytes(key[:4], "little")
@@ -97,13 +107,16 @@ class Datapath:
         self._folder = folder
         self.maps = maps
         self.commands = FlowCommands(tc.program_fd("isolator_flow7"))
-        self.automata = AutomatonMaps(maps)
         self.control = Control(self.control_fd)
         self.control.frozen_until = 0  # of an upgrade that came to nothing
         self._addresses: dict[int, set[bytes]] = {}
         for key in maps["addresses"].keys():  # noqa: SIM118 - no dict
             self._addresses.setdefault(_endpoint_of(key), set()).add(key[4:])
-        self._delete_generations({self.generation}, inside=False)  # of a process that died while it wrote
+        self._base = self._base_in_force()
+        self.automata = AutomatonMaps(maps, self._half_in_force())
+        self._delete_generations({self._base}, inside=False)  # of a process that died while it wrote
+        self._delete_selections()
+        self._stale_base = False
         self._last_generation = self.generation
         self._retired = True
 
@@ -238,11 +251,8 @@ class Datapath:
         return self.control.generation
 
     def next_generation(self) -> int:
-        """A number that this process has not used, also not for a policy that could not be written. One number is
-        odd, the next even: each has a half of the automata's maps."""
+        """A number that this process has not used, also not for a policy that could not be written."""
         self._last_generation = max(self._last_generation, self.generation) % 0xFFFFFFFF + 1
-        if self.generation and not (self._last_generation ^ self.generation) & 1:
-            self._last_generation += 1
         return self._last_generation
 
     def write_policy(
@@ -251,8 +261,10 @@ class Datapath:
         entries: Iterable[PolicyEntry],
         identities: Iterable[tuple[Prefix | IPv4Network | IPv6Network, int]],
         automata: Mapping[int, Automaton] = NO_AUTOMATA,
+        selections: Selections = NO_SELECTIONS,
     ) -> None:
         """Put a policy in force, in one step. The one before stays in the maps until `retire`. `automata`: by profile.
+        `selections`: whose entries are an endpoint's; its own where there is none.
 
         Raises BpfError when a map is full: the policy that was in force still is, as `generation` says.
         """
@@ -264,11 +276,76 @@ class Datapath:
             )
             starts = self.automata.write(generation, automata)
             self.maps["policy"].update_many(_encode(generation, entry, starts) for entry in entries)
+            self._write_selections(generation, generation, selections)
         except BpfError:
             self._delete_generations({generation}, inside=True)
+            self._delete_selections()
+            self.automata.discard()
             raise
         self.control.generation = generation
+        self.automata.switch()
+        self._base, self._stale_base, self._retired = generation, True, False
+
+    def change_policy(
+        self,
+        generation: int,
+        entries: Iterable[PolicyEntry],
+        identities: Mapping[Prefix, tuple[int, int]],
+        selections: Selections,
+        automata: Mapping[int, Automaton] = NO_AUTOMATA,
+    ) -> None:
+        """Like `write_policy`, with what differs from the policy in force: what it has stays as it is.
+
+        `entries`: of selections and of identities that nobody is sent to yet. `identities`: before and after, 0: none;
+        each is an address of somebody, and changes in one step. `selections`: all. `automata`: of profiles that are
+        not in force yet. Raises BpfError: the policy that was in force still is.
+        """
+        prefixes = self.maps["identities"]
+        keys = {prefix: identity_key(self._base, *prefix) for prefix in identities}
+        done: list[Prefix] = []
+        try:
+            starts = self.automata.add(automata)
+            self.maps["policy"].update_many(_encode(self._base, entry, starts) for entry in entries)
+            self._write_selections(generation, self._base, selections)
+            for prefix, (_, after) in identities.items():
+                if after:
+                    prefixes.update(keys[prefix], _number(after))
+                    done.append(prefix)
+        except BpfError:
+            for prefix in done:
+                before = identities[prefix][0]
+                prefixes.update(keys[prefix], _number(before)) if before else prefixes.delete(keys[prefix])
+            self._delete_selections()
+            raise
+        prefixes.delete_many(keys[prefix] for prefix, (_, after) in identities.items() if not after)
+        self.control.generation = generation
         self._retired = False
+
+    def _write_selections(self, generation: int, base: int, selections: Selections) -> None:
+        self.maps["selections"].update_many(
+            (selection_key(generation, *whose), SELECTION.struct.pack(base, number))
+            for whose, number in selections.items()
+        )
+
+    def _base_in_force(self) -> int:
+        """The generation that the entries in force were written under."""
+        for key, value in self.maps["selections"].items():
+            if _generation_of(key) == self.generation:
+                return int(SELECTION.struct.unpack(value)[0])
+        return self.generation
+
+    def _half_in_force(self) -> int:
+        """Of the automata's maps: the one that the entries in force point to."""
+        for key, value in self.maps["policy"].items():
+            start = PolicyValue.unpack(value).automaton
+            if start and _generation_of(key) == self._base:
+                return start // (STATES_MAX // 2)
+        return 0
+
+    def _delete_selections(self) -> None:
+        """Those of other generations than the one in force."""
+        selections, now = self.maps["selections"], self.generation
+        selections.delete_many([key for key, _ in selections.items() if _generation_of(key) != now])
 
     def retire(self) -> dict[int, int]:
         """Take the policies away that are no longer in force. Returns how many flows each of their rules decided.
@@ -278,8 +355,9 @@ class Datapath:
         if self._retired:
             return {}
         wait_for_readers()
-        hits = self._delete_generations({self.generation}, inside=False)
-        self._retired = True
+        hits = self._delete_generations({self._base}, inside=False) if self._stale_base else {}
+        self._delete_selections()
+        self._retired, self._stale_base = True, False
         return hits
 
     def _delete_generations(self, generations: set[int], inside: bool) -> dict[int, int]:
@@ -305,7 +383,7 @@ class Datapath:
         """Flows that each rule of the policy in force has decided so far."""
         hits: dict[int, int] = {}
         for key, value in self.maps["policy"].items():
-            if POLICY_KEY.struct.unpack(key)[0] == self.generation:
+            if POLICY_KEY.struct.unpack(key)[0] == self._base:
                 found = PolicyValue.unpack(value)
                 hits[found.rule] = hits.get(found.rule, 0) + found.hits
         return hits

@@ -29,7 +29,7 @@ from isolator.datapath.libbpf import MapType, open_pin
 from isolator.datapath.maps import Map, wait_for_readers
 from isolator.datapath.translate import Translation, UntranslatableError
 
-SETTLED = ("ports", "addresses", "identities", "policy", "control")
+SETTLED = ("ports", "addresses", "identities", "policy", "selections", "control")
 LIVE = ("flows4", "endpoints", "flows7")  # the programs change them
 NOT_MOVED = {"control": {"need_wakeup", "frozen_until"}}  # fields: of the old agent's sleep, of this freeze
 FREEZE_NS = 2_000_000_000  # after this it ends by itself

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from scapy.layers.inet import TCP
 
@@ -9,7 +11,8 @@ from isolator.core.automaton.states import Automaton
 from isolator.core.model import Direction, Owner
 from isolator.core.pattern import PathPattern
 from isolator.core.policy import HttpRule
-from tests.bpf.bench import PROFILE, Bench, Outcome
+from isolator.datapath.libbpf import BpfError
+from tests.bpf.bench import ENDPOINT, IDENTITIES, POLICY, PROFILE, Bench, Entry, Outcome
 from tests.bpf.conversation import HEAD, SERVER_ISN, Conversation
 from tests.core.automaton.world import automaton_of, rule
 
@@ -32,6 +35,16 @@ KINDS = [
 
 def books() -> Automaton:
     return automaton_of(rule("books", BOOKS))
+
+
+def secrets() -> Automaton:
+    return automaton_of(rule("secrets", HttpRule(frozenset({"GET"}), PathPattern("/secret"))))
+
+
+def full() -> Iterator[Entry]:
+    """Entries that find no room behind the first ones."""
+    yield from POLICY
+    raise BpfError("map policy: full", 7)
 
 
 @pytest.fixture
@@ -60,6 +73,26 @@ def answered(c: Conversation, asked: int, at: int = 0, data: bytes = OK) -> int:
 
 
 # -- what the kernel accepts -------------------------------------------------------------------------------
+
+
+@on_every_kind
+def test_changes_of_the_policy_in_force_leave_its_automata_where_they_are(b: Bench, c: Conversation) -> None:
+    """Behind one whole policy come changes, also after a whole one that could not be written."""
+    datapath, told = b.datapath, 0
+    for at, head in enumerate((HEAD,) * 5):
+        assert passed(c.client("PA", c.at(at * END), S + told, head), head)
+        told = answered(c, (at + 1) * END, told)
+        if at == 2:
+            with pytest.raises(BpfError):
+                datapath.write_policy(datapath.next_generation(), full(), IDENTITIES, {PROFILE: secrets()})
+        elif at == 3:
+            b.policy(automata={PROFILE: books()})
+        else:
+            own = {(ENDPOINT, direction): ENDPOINT for direction in Direction}
+            datapath.change_policy(datapath.next_generation(), [], {}, own, {9: secrets()})
+            datapath.retire()
+        assert c.half.owner == Owner.KERNEL
+    assert str(c.client("PA", c.at(5 * END), S + told, SECRET)) == "punt PAYLOAD"
 
 
 @on_every_kind

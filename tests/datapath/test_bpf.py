@@ -14,11 +14,15 @@ from pathlib import Path
 import pytest
 
 from isolator.core.model import Direction, DropReason, FlowFlag, Owner, Side, Verdict
+from isolator.core.pattern import PathPattern
+from isolator.core.policy import HttpRule
 from isolator.datapath.abi import (
+    STATES_MAX,
     DropCounter,
     Flow7,
     FlowKey,
     Half,
+    PolicyValue,
     Port,
     Word,
     flow_key,
@@ -32,12 +36,14 @@ from isolator.datapath.libbpf import BpfError, LoadError, MapDefinition, Object,
 from isolator.datapath.maps import NOEXIST, wait_for_readers
 from isolator.datapath.netns import Netns
 from isolator.datapath.pins import in_force, layout_name, layouts, unpin
+from tests.core.automaton.world import automaton_of, rule
 from tests.other_layout import BOUND, build
 
 pytestmark = pytest.mark.root
 MAC = b"\x02\x00\x00\x00\x00\x01"
 A, B, C = (mapped(ip_address(text)) for text in ("10.0.0.1", "10.0.0.2", "fd00::1"))
 KEY = flow_key(7, A, B, 80, 1000, 6)
+AUTOMATON = automaton_of(rule("read", HttpRule(frozenset({"GET"}), PathPattern("/a"))))
 HALF = Half(Word(100, Owner.PYTHON, 0), 0, 0, 100, (), 0, b"", 0)
 FLOW = Flow7(
     1, (2, 3), (4, 5), 6, 7, 8, 9, 0, 1, Direction.INGRESS, 1, FlowFlag(0), DropReason.NONE, 0, 3, (HALF, HALF)
@@ -316,7 +322,7 @@ def test_a_policy_that_does_not_fit_changes_nothing(datapath: Datapath) -> None:
 def test_generations_skip_zero(datapath: Datapath) -> None:
     assert datapath.next_generation() == 1
     datapath.control.generation = 0xFFFFFFFF
-    assert datapath.next_generation() == 2  # 1 would have the same half of the automata's maps
+    assert datapath.next_generation() == 1
 
 
 def test_waiting_for_readers() -> None:
@@ -404,3 +410,68 @@ def test_a_device_that_is_gone(datapath: Datapath, veth: tuple[Netns, int]) -> N
     with pytest.raises(BpfError, match="device 9999"):
         datapath.attach_port(9999)
     datapath.detach(9999)
+
+
+# -- a policy in force that is changed -----------------------------------------------------------------------
+
+
+def in_maps(datapath: Datapath) -> tuple[set[int], set[int], int]:
+    """Generations of selections and of policy entries, and how many prefixes there are."""
+    selections, policy = ({int.from_bytes(key[:4], "little") for key, _ in datapath.maps[name].items()}
+                      for name in ("selections", "policy"))  # fmt: skip
+    return selections, policy, len(list(datapath.maps["identities"].items()))
+
+
+def test_a_change_adds_to_what_is_there_and_switches_selections(datapath: Datapath) -> None:
+    datapath.write_policy(1, [Entry(1, endpoint=70000)], [((A, 128), 1)], selections={(7, 0): 70000})
+    datapath.retire()
+    datapath.change_policy(
+        2, [Entry(2, endpoint=70001)], {(A, 128): (1, 0), (B, 128): (0, 2)}, {(7, 0): 70001}
+    )
+    assert datapath.generation == 2 and in_maps(datapath) == ({1, 2}, {1}, 1)
+    assert datapath.retire() == {} and in_maps(datapath) == ({2}, {1}, 1)
+    assert set(datapath.rule_hits()) == {1, 2}
+    datapath.write_policy(3, [Entry(3, endpoint=70000)], [], selections={(7, 0): 70000})
+    datapath.retire()
+    assert in_maps(datapath) == ({3}, {3}, 0)
+
+
+def test_a_change_that_does_not_fit_leaves_what_was(datapath: Datapath) -> None:
+    datapath.write_policy(1, [Entry(1, endpoint=70000)], [((A, 128), 1)], selections={(7, 0): 70000})
+    before = sorted(datapath.maps["identities"].items())
+    too_many = {(mapped(ip_address(at)), 128): (0, 3) for at in range(1 << 17)}
+    with pytest.raises(BpfError, match="identities"):
+        datapath.change_policy(2, [], {(A, 128): (1, 2), **too_many}, {(7, 0): 70000})
+    assert datapath.generation == 1 and in_maps(datapath) == ({1}, {1}, 1)
+    assert sorted(datapath.maps["identities"].items()) == before
+
+
+def test_a_restart_adopts_a_changed_policy(folder: Path) -> None:
+    with Datapath.open(folder) as first:
+        first.write_policy(1, [Entry(1, endpoint=70000)], [((A, 128), 1)], selections={(7, 0): 70000})
+        first.change_policy(2, [], {(B, 128): (0, 1)}, {(7, 0): 70000})
+    with Datapath.open(folder) as second:
+        assert second.generation == 2 and in_maps(second) == ({2}, {1}, 2)
+
+
+def starts(datapath: Datapath) -> list[int]:
+    values = (PolicyValue.unpack(value) for _, value in datapath.maps["policy"].items())
+    return sorted(each.automaton for each in values if each.automaton)
+
+
+def test_a_restart_knows_which_half_the_automata_in_force_are_in(folder: Path) -> None:
+    entry, other = Entry(1, profile=1), Entry(2, profile=2, port=81)
+    with Datapath.open(folder) as first:
+        first.write_policy(1, [entry], [], {1: AUTOMATON})
+        (start,) = starts(first)
+        first.change_policy(2, [other], {}, {(7, 0): 7}, {2: AUTOMATON})
+        assert [at // (STATES_MAX // 2) for at in starts(first)] == [1, 1] and start in starts(first)
+    with Datapath.open(folder) as second:
+        kept = second.maps["states"].lookup(start.to_bytes(4, "little"))
+        second.write_policy(3, [entry], [], {1: AUTOMATON})
+        assert [at // (STATES_MAX // 2) for at in starts(second)] == [0, 1, 1]
+        assert second.maps["states"].lookup(start.to_bytes(4, "little")) == kept
+    with Datapath.open(folder) as third:
+        third.write_policy(4, [entry], [], {1: AUTOMATON})
+        third.retire()
+        assert [at // (STATES_MAX // 2) for at in starts(third)] == [1]

@@ -40,18 +40,25 @@ def build(profile: Profile, states: int = STATES_MAX, tables: int = TABLES_MAX) 
 
 
 class Automata:
-    """Those of one compilation's profiles. What an outcome's automaton is, it stays: it is built once."""
+    """Those of a policy's profiles. What an outcome's automaton is, it stays: it is built once."""
 
     def __init__(self) -> None:
-        self.by_profile: dict[int, Automaton] = {}
         self._by_outcome: dict[PolicyOutcome, Automaton] = {}
 
-    def compile(self, profiles: Mapping[int, Profile]) -> None:
-        known = self._by_outcome
+    def compile(self, profiles: Mapping[int, Profile]) -> dict[int, Automaton]:
+        """By profile. Those of other profiles are forgotten."""
+        known, self._by_outcome = self._by_outcome, {}
         self._by_outcome = {
             each.outcome: known.get(each.outcome) or build(each) for each in profiles.values()
         }
-        self.by_profile = {number: self._by_outcome[each.outcome] for number, each in profiles.items()}
+        return self.add(profiles)
+
+    def add(self, profiles: Mapping[int, Profile]) -> dict[int, Automaton]:
+        """Of more profiles. By profile."""
+        for each in profiles.values():
+            if each.outcome not in self._by_outcome:
+                self._by_outcome[each.outcome] = build(each)
+        return {number: self._by_outcome[each.outcome] for number, each in profiles.items()}
 
 
 class _Build:
