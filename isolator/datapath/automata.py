@@ -129,22 +129,19 @@ class AutomatonMaps:
         return written.starts
 
     def _append(self, written: Written, automata: Mapping[int, Automaton]) -> None:
-        first = len(written.counted)
+        """One after the other: after an error those before it are there."""
+        requests = self._maps["requests"]
         for profile, automaton in sorted(automata.items()):
             if not automaton.start:
                 continue
             if not written.room.has(automaton):
                 written.without_room.append(profile)
                 continue
+            first, count = written.room.requests, len(automaton.rules)
+            requests.update_many(_numbered(first, [bytes(requests.value_room)] * count))
             written.starts[profile] = self._write(automaton, written.room)
             written.counted += [(profile, rule) for rule in automaton.rules]
-        added = len(written.counted) - first
-        written.seen.extend([0] * added)
-        requests = self._maps["requests"]
-        requests.update_many(
-            (number.to_bytes(4, "little"), bytes(requests.value_room))
-            for number in range(written.first + first, written.first + first + added)
-        )
+            written.seen.extend([0] * count)
 
     def _write(self, automaton: Automaton, room: Room) -> int:
         encoding = Encoding(automaton, room)
@@ -171,7 +168,7 @@ class AutomatonMaps:
 
     def _of(self, generation: int) -> Written | None:
         """The policy that this generation is of, or is a change of."""
-        before = [each for each in self._halves.values() if each.generation <= generation]
+        before = [each for each in tuple(self._halves.values()) if each.generation <= generation]
         return max(before, key=lambda each: each.generation, default=None)
 
     def take_counts(self) -> list[Accepted]:

@@ -16,6 +16,7 @@ from isolator.core.policy import HttpRule
 from isolator.datapath import automata as module
 from isolator.datapath.abi import STATES_MAX
 from isolator.datapath.automata import Accepted, AutomatonMaps
+from isolator.datapath.libbpf import BpfError
 from tests.core.automaton.world import profile, rule
 
 READ = RuleRef("shop", "read")
@@ -124,6 +125,27 @@ def test_what_could_not_be_written_does_not_count_as_a_turn(maps: dict[str, Any]
 
 def test_nothing_is_added_to_what_another_process_wrote(maps: dict[str, Any]) -> None:
     assert AutomatonMaps(maps, half=1).add({1: AUTOMATON}) == {} and not maps["states"].values
+
+
+def test_counts_go_on_after_an_error_in_a_change(
+    maps: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    automata = AutomatonMaps(maps)
+    write(automata, 1, {1: AUTOMATON})
+    update = maps["states"].update_many
+
+    def refuse(entries: Iterable[tuple[bytes, bytes]]) -> None:
+        update(entries)
+        monkeypatch.setattr(maps["states"], "update_many", fail)
+
+    def fail(entries: Iterable[tuple[bytes, bytes]]) -> None:
+        raise BpfError("map states", 7)
+
+    monkeypatch.setattr(maps["states"], "update_many", refuse)
+    with pytest.raises(BpfError):
+        automata.add({2: AUTOMATON, 3: AUTOMATON})
+    maps["requests"].hit(counter_of(maps, automata, 1))
+    assert automata.take_counts() == [Accepted(1, 1, READ, 1)]
 
 
 def test_a_change_without_room(maps: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
