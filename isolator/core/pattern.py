@@ -104,7 +104,7 @@ def path_regex(source: str) -> Regex:
 
 
 def glob_expression(source: str) -> str:
-    """The pattern for Python's `re`. Segments exclude '/', so that nothing is ever tried twice."""
+    """For Python's `re`, and for isolator.core.regex. Segments exclude '/': nothing is ever tried twice."""
     if not source.startswith("/"):
         raise PatternError(f"a path begins with '/': write /{source} or {REGEX}…")
     *segments, last = source[1:].split("/")

@@ -47,9 +47,9 @@ class Automata:
 
     def compile(self, profiles: Mapping[int, Profile]) -> dict[int, Automaton]:
         """By profile. Those of other profiles are forgotten."""
-        known, self._by_outcome = self._by_outcome, {}
+        wanted = {each.outcome for each in profiles.values()}
         self._by_outcome = {
-            each.outcome: known.get(each.outcome) or build(each) for each in profiles.values()
+            outcome: automaton for outcome, automaton in self._by_outcome.items() if outcome in wanted
         }
         return self.add(profiles)
 
@@ -75,12 +75,8 @@ class _Build:
         self._targets: dict[tuple[int, ...], int] = {}
 
     def automaton(self) -> Automaton:
-        words = {f"{method} ".encode(): self._target(method) for method in METHODS}
-        start = (
-            self._assembler.choice({word: to for word, to in words.items() if to})
-            if any(words.values())
-            else 0
-        )
+        words = {f"{method} ".encode(): to for method in METHODS if (to := self._target(method))}
+        start = self._assembler.choice(words) if words else 0
         refs = tuple(ref for ref in self._rules.refs if ref is not None)
         left_out = dict.fromkeys(self._rules.left_out)
         if self._assembler.full:
@@ -109,11 +105,10 @@ class _Build:
                 end = {BLANK: self._version, QUESTION: self._query}
                 return expressions.start(self._assembler, lambda found: self._outcome(found | always), end)
             self._rules.left_out.append("regular expressions that take too many states together")
-        unread = frozenset(regexes)
-        for at in unread:  # wherever one of them could decide, Python reads
+        for at in regexes:  # wherever one of them could decide, Python reads
             self._rules.lines[at] = replace(asked[at], rule=PYTHON, unread=True)
         paths = Paths(
-            self._assembler, lambda found: self._outcome(found | always | unread), self._version, self._query
+            self._assembler, lambda found: self._outcome(found | always | regexes), self._version, self._query
         )
         started = paths.start(tree((at, source) for at, source in sources.items() if at not in regexes))
         if paths.too_deep:

@@ -5,14 +5,13 @@ A state is one set of positions for each pattern (isolator.core.regex). Characte
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from isolator.core.automaton.assembler import Assembler
-from isolator.core.automaton.states import OCTETS, Kind, Octet, State
-from isolator.core.pattern import NAMED, REGEX
-from isolator.core.regex import Regex
+from isolator.core.automaton.assembler import Assembler, branching
+from isolator.core.automaton.states import OCTETS, Octet
+from isolator.core.pattern import REGEX, glob_expression
+from isolator.core.regex import Regex, RegexError
 
 EXPRESSIONS_MAX = 64
 """Patterns that are read together."""
@@ -33,29 +32,25 @@ class At(NamedTuple):
 
 
 def as_regex(source: str) -> Regex:
-    """A pattern of either kind. Only for plain paths: what they cannot hold may come out otherwise."""
-    if source.startswith(REGEX):
-        return Regex(source[len(REGEX) :])
-    *segments, last = source[1:].split("/")
-    text = "".join("/" + _segment(segment) for segment in segments)
-    return Regex(text + "(/.*)?" if last == "**" else f"{text}/{_segment(last)}")
-
-
-def _segment(segment: str) -> str:
-    return "[^/]+" if segment == "*" or NAMED.fullmatch(segment) else re.sub(r"(\W)", r"\\\1", segment)
+    """A pattern of either kind. Raises RegexError: a long one has too many positions for this."""
+    return Regex(source[len(REGEX) :] if source.startswith(REGEX) else glob_expression(source))
 
 
 class Expressions:
     """`patterns` by line. `explore` says whether they are few enough, then `start` makes their states."""
 
     def __init__(self, patterns: Mapping[int, str]) -> None:
-        self._lines = list(patterns)
-        self._regexes = [as_regex(source) for source in patterns.values()]
+        self._patterns = patterns
+        self._regexes: list[Regex] = []
         self._moves: dict[At, dict[str, At]] = {}
 
     def explore(self) -> bool:
         """Whether there is room for them."""
-        if len(self._regexes) > EXPRESSIONS_MAX:
+        if len(self._patterns) > EXPRESSIONS_MAX:
+            return False
+        try:
+            self._regexes = [as_regex(source) for source in self._patterns.values()]
+        except RegexError:
             return False
         alike = self._alike()
         todo = [self._beginning]
@@ -71,8 +66,7 @@ class Expressions:
 
     @property
     def _beginning(self) -> At:
-        sets = tuple(regex.step(regex.start, "/") for regex in self._regexes)
-        return At(sets, begins=True)
+        return self._step([regex.start for regex in self._regexes], "/")
 
     def _alike(self) -> list[str]:
         """Characters in groups that no pattern tells apart."""
@@ -87,14 +81,14 @@ class Expressions:
         for group in alike:
             if at.begins and group[0] not in SEGMENT:
                 continue
-            sets = tuple(
-                regex.step(held, group[0]) for regex, held in zip(self._regexes, at.sets, strict=True)
-            )
-            moves |= dict.fromkeys(group, At(sets, begins=False))
+            moves |= dict.fromkeys(group, self._step(at.sets, group[0]))
         if not at.begins:
-            sets = tuple(regex.step(held, "/") for regex, held in zip(self._regexes, at.sets, strict=True))
-            moves["/"] = At(sets, begins=True)
+            moves["/"] = self._step(at.sets, "/")
         return moves
+
+    def _step(self, sets: Sequence[Positions], character: str) -> At:
+        pairs = zip(self._regexes, sets, strict=True)
+        return At(tuple(regex.step(held, character) for regex, held in pairs), begins=character == "/")
 
     def start(
         self, assembler: Assembler, outcome: Callable[[frozenset[int]], int], end: Mapping[int, int]
@@ -102,10 +96,9 @@ class Expressions:
         """Where a request target begins. `end`: where its blank or question mark leads."""
         numbers = {at: assembler.reserve() for at in self._moves}
         for at, number in numbers.items():
-            pairs = zip(self._lines, self._regexes, at.sets, strict=True)
+            pairs = zip(self._patterns, self._regexes, at.sets, strict=True)
             allowed = outcome(frozenset(line for line, regex, held in pairs if regex.accepts(held)))
             edges = {ord(character): numbers[to] for character, to in self._moves[at].items()}
-            everything = tuple(sorted((edges | dict(end) if allowed else edges).items()))
             if any(at.sets) or allowed:
-                assembler.put(number, State(Kind.TABLE, outcome=allowed, edges=everything))
+                assembler.put(number, branching(edges | dict(end) if allowed else edges, outcome=allowed))
         return assembler.literal(b"/", numbers[self._beginning])

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import TypeVar
 
-from isolator.core.automaton.assembler import Assembler, both_cases, by_first, common_prefix
+from isolator.core.automaton.assembler import Assembler, both_cases, branching, by_first, common_prefix
 from isolator.core.automaton.hosts import HostNames
 from isolator.core.automaton.states import Kind, Octet, State
 from isolator.core.pattern import HostPattern
@@ -104,7 +104,7 @@ class Fields:
         accept = self._assembler.add(State(Kind.ACCEPT))
         edges = both_cases(first) | {ord("\r"): self._assembler.literal(b"\n", accept)}
         token = State(Kind.ONE, self._any_name, octets=Octet.TOKEN)
-        return State(Kind.TABLE, other=self._assembler.add(token), edges=tuple(sorted(edges.items())))
+        return branching(edges, self._assembler.add(token))
 
     # -- values ---------------------------------------------------------------------------------------------
 

@@ -13,10 +13,12 @@ from typing import NamedTuple
 from isolator.core.automaton.fields import CONNECTION, REFUSED
 from isolator.core.automaton.hosts import PORT_DIGITS
 from isolator.core.automaton.rules import METHODS
-from isolator.core.automaton.states import HEAD_MAX, OCTETS, Octet
+from isolator.core.automaton.states import HEAD_MAX, PLAIN_SEGMENT, Octet, any_of
 from isolator.core.model import Decision, Verdict
 from isolator.core.tally import Misfit, Tally
 from parsers.http1 import Request
+
+_PLAIN_TARGET = re.compile(rf"/(?:{PLAIN_SEGMENT}(?:/{PLAIN_SEGMENT})*/?)?(?:\?{any_of(Octet.QUERY)}*)?")
 
 
 class Arrival(NamedTuple):
@@ -84,11 +86,3 @@ def _of_profile(decision: Decision, arrival: Arrival, tally: Tally) -> Misfit:
     if not arrival.lendable:
         return Misfit.NO_AUTOMATON
     return Misfit.OTHER if arrival.asked else Misfit.CONNECTION
-
-
-def _characters(octet: Octet) -> str:
-    return "[" + "".join(re.escape(chr(byte)) for byte in range(128) if OCTETS[byte] & octet) + "]"
-
-
-_SEGMENT = f"{_characters(Octet.SEGMENT)}{_characters(Octet.PLAIN)}*"
-_PLAIN_TARGET = re.compile(rf"/(?:{_SEGMENT}(?:/{_SEGMENT})*/?)?(?:\?{_characters(Octet.QUERY)}*)?")

@@ -10,14 +10,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from isolator.core.automaton.assembler import Assembler
-from isolator.core.automaton.states import Kind, Octet, State
+from isolator.core.automaton.assembler import Assembler, branching
+from isolator.core.automaton.states import PLAIN_SEGMENT, Kind, Octet, State
 from isolator.core.pattern import NAMED
 
 DEPTH_MAX = 100
 """Branchings, one inside the other: what is deeper is Python's."""
 
-_PLAIN_SEGMENT = re.compile(r"[A-Za-z0-9_~-][A-Za-z0-9_.~-]*")
+_PLAIN_SEGMENT = re.compile(PLAIN_SEGMENT)
 
 SLASH, BLANK, QUESTION = b"/ ?"
 
@@ -86,9 +86,7 @@ class Paths:
         behind = self._assembler.branch({SLASH: reserved, **self._end})
         within = add(State(Kind.SKIP, behind, octets=Octet.PLAIN))
         one = State(Kind.ONE, within, octets=Octet.SEGMENT)
-        self._assembler.put(
-            reserved, State(Kind.BRANCH, other=add(one), edges=tuple(sorted(self._end.items())))
-        )
+        self._assembler.put(reserved, branching(self._end, add(one)))
         return reserved, within
 
     def _rest_with(self, outcome: int, within: bool = False) -> int:
@@ -117,14 +115,14 @@ class Paths:
         outcome = self._outcome(begun | _ends(closing))
         if not plain and not stars and not closing:
             return self._rest_with(outcome)
-        segment = Segment(self, plain, stars, begun)
+        segment = Segment(self._assembler, self, plain, stars, begun)
         first = segment.other()
         if first:
             first = self._assembler.add(State(Kind.ONE, first, octets=Octet.SEGMENT))
         edges = self._end if outcome else {}
         return segment.letters(sorted(plain), 0, first, edges, outcome)
 
-    def behind(self, nodes: Nodes, begun: Lines, within: bool = False) -> tuple[dict[int, int], int]:
+    def behind(self, nodes: Nodes, begun: Lines) -> tuple[dict[int, int], int]:
         """Edges and outcome at a segment's end, with these nodes at hand."""
         begun = begun.union(*(node.rests for node in nodes))
         outcome = self._outcome(begun | _ends(nodes))
@@ -157,20 +155,14 @@ class Paths:
     def within_rest(self, begun: Lines) -> int:
         return self._rest_with(self._outcome(begun), within=True)
 
-    def add(self, state: State) -> int:
-        return self._assembler.add(state)
-
-    def branch(self, edges: Mapping[int, int], other: int, outcome: int) -> int:
-        return self._assembler.branch(edges, other, outcome)
-
-    def literal(self, text: str, then: int, other: int) -> int:
-        return self._assembler.literal(text.encode(), then, other)
-
 
 class Segment:
     """One segment: its literals, and what else it may be."""
 
-    def __init__(self, paths: Paths, words: Mapping[str, Nodes], stars: Nodes, begun: Lines) -> None:
+    def __init__(
+        self, assembler: Assembler, paths: Paths, words: Mapping[str, Nodes], stars: Nodes, begun: Lines
+    ) -> None:
+        self._assembler = assembler
         self._paths = paths
         self._words = words
         self._stars = stars
@@ -182,8 +174,8 @@ class Segment:
         if self._other is None:
             if self._stars:
                 edges, outcome = self._paths.behind(self._stars, self._begun)
-                end = self._paths.branch(edges, 0, outcome)
-                self._other = self._paths.add(State(Kind.SKIP, end, octets=Octet.PLAIN)) if edges else 0
+                end = self._assembler.branch(edges, 0, outcome)
+                self._other = self._assembler.add(State(Kind.SKIP, end, octets=Octet.PLAIN)) if edges else 0
             else:
                 self._other = self._paths.within_rest(self._begun)
         return self._other
@@ -204,8 +196,8 @@ class Segment:
             return other
         if len(found) == 1 and not outcome:
             ((byte, then),) = found.items()
-            return self._paths.literal(chr(byte), then, other)
-        return self._paths.branch(found, other, outcome)
+            return self._assembler.literal(bytes([byte]), then, other)
+        return self._assembler.branch(found, other, outcome)
 
     def _word(self, words: Sequence[str], read: int) -> int:
         """Letters that all of them share are read by words."""
@@ -214,7 +206,9 @@ class Segment:
         while until < len(first) and first[until] == last[until]:
             until += 1
         then = self._paths.deeper(lambda: self._fork(words, until))
-        return self._paths.literal(first[read:until], then, self.other()) if then or self.other() else 0
+        if not (then or self.other()):
+            return 0
+        return self._assembler.literal(first[read:until].encode(), then, self.other())
 
     def _fork(self, words: Sequence[str], read: int) -> int:
         """Behind `read` letters, where words part or one ends. What ends it is none of the letters of any other."""

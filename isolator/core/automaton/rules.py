@@ -73,10 +73,7 @@ def alternatives(lines: Sequence[Line], matching: Iterable[int]) -> Outcome:
     found: list[Alternative] = []
     for at in sorted(matching):
         line = lines[at]
-        if line.unread:
-            found.append(Alternative(0, PYTHON))
-        else:
-            found.append(Alternative(line.need, line.rule))
+        found.append(Alternative(0, PYTHON) if line.unread else Alternative(line.need, line.rule))
         if not found[-1].need:
             break
         if len(found) == ALTERNATIVES_MAX - 1:

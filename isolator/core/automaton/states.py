@@ -9,6 +9,7 @@ conditions hold) and the number of header lines.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
@@ -72,6 +73,15 @@ def _classes(byte: int) -> Octet:
 
 
 OCTETS: tuple[Octet, ...] = tuple(_classes(byte) for byte in range(256))
+
+
+def any_of(octets: Octet) -> str:
+    """One byte of these classes, for Python's `re`."""
+    return "[" + "".join(re.escape(chr(byte)) for byte in range(128) if OCTETS[byte] & octets) + "]"
+
+
+PLAIN_SEGMENT = f"{any_of(Octet.SEGMENT)}{any_of(Octet.PLAIN)}*"
+"""A path segment that nothing normalises, likewise."""
 
 
 class State(NamedTuple):

@@ -205,6 +205,14 @@ def test_many_expressions_leave_the_rest_in_the_kernel() -> None:
     assert automaton.left_out == ("regular expressions that take too many states together",)
 
 
+def test_a_pattern_too_long_for_an_expression_leaves_the_rest_in_the_kernel() -> None:
+    automaton = automaton_of(
+        rule("plain", line("/a")), rule("expression", line("regex:/b.*")), rule("long", line("/" + "c" * 300))
+    )
+    assert (named(automaton, get("/a")), named(automaton, get("/b"))) == ("plain", None)
+    assert automaton.left_out == ("regular expressions that take too many states together",)
+
+
 def test_without_room_some_rules_are_pythons() -> None:
     wide = profile(*(rule(f"r{number}", line(f"/rules/{number}/**")) for number in range(1000)))
     automaton = build(wide, states=500)
