@@ -219,8 +219,8 @@ enum owner { OWNER_KERNEL = 0, OWNER_BUSY = 1, OWNER_PYTHON = 2, OWNER_CLOSED = 
 #define MODE_OPAQUE 6 /* nothing that follows is read */
 #define HALF_FIN 1
 #define HALF_RST 2
-#define HALF_FIN_ACKED 8 /* the other end has it */
 #define HALF_ALONE 4 /* the last request was accepted here; its answer begins at the other half's record_seq */
+#define HALF_FIN_ACKED 8 /* the other end has the FIN */
 #define HALF_HEAD 16 /* and it was HEAD */
 struct half {
 	__u64 word;

@@ -307,10 +307,7 @@ static __noinline int checksum_is_wrong(struct __sk_buff *skb, const struct pack
 			break;
 		sum = bpf_csum_diff(0, 0, (__be32 *)(copy->bytes + i), part, sum);
 	}
-	sum = (sum & 0xffff) + ((__u64)sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	return sum != 0xffff;
+	return fold(sum) != 0xffff;
 }
 
 /* R2, before a byte is looked at: one wire segment at the boundary, everything earlier acknowledged, and a client that

@@ -299,15 +299,19 @@ static __always_inline __u64 pseudo_ends(const struct packet *p)
 	return sum;
 }
 
-static __always_inline __u16 pseudo_sum(__u64 ends, __u32 length)
+/* To 16 bits, with the carries (RFC 1071 section 2). */
+static __always_inline __u16 fold(__u64 sum)
 {
-	__u64 sum = ends + bpf_htonl(length);
-
 	sum = (sum & 0xffffffff) + (sum >> 32);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	sum = (sum & 0xffff) + (sum >> 16);
 	return sum;
+}
+
+static __always_inline __u16 pseudo_sum(__u64 ends, __u32 length)
+{
+	return fold(ends + bpf_htonl(length));
 }
 
 static __always_inline void flow_key_of(struct flow_key *key, const struct packet *p, __u32 endpoint, int direction)

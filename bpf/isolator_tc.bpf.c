@@ -20,43 +20,7 @@
 #include "isolator_flow4.h"
 #include "isolator_flow7.h"
 #include "isolator_commands.h"
-
-struct context {
-	__u32 ifindex;
-	__u32 generation;
-	__u32 length;
-	__u8 direction;
-	__u8 verdict;
-	__u8 reason;
-	__u8 flags;
-	__u32 rule;
-	__u32 identity;
-};
-
-static __noinline int send_event(const struct context *c, const struct flow_key *key, __u8 type)
-{
-	struct event *e;
-
-	if (!c || !key)
-		return 0;
-	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
-	if (!e)
-		return 0;
-	e->time = bpf_ktime_get_ns();
-	e->key = *key;
-	e->rule = c->rule;
-	e->identity = c->identity;
-	e->ifindex = c->ifindex;
-	e->length = c->length;
-	e->type = type;
-	e->verdict = c->verdict;
-	e->reason = c->reason;
-	e->direction = c->direction;
-	e->flags = c->flags;
-	__builtin_memset(e->pad, 0, sizeof(e->pad));
-	bpf_ringbuf_submit(e, 0);
-	return 0;
-}
+#include "isolator_events.h"
 
 static __always_inline int drop(struct context *c, const struct flow_key *key, __u8 reason)
 {
@@ -238,54 +202,9 @@ static __noinline int cut_payload(struct __sk_buff *skb, const struct packet *p)
 		if (header < 20 || header > 60 || bpf_skb_load_bytes(skb, at, tcp, header))
 			return -1;
 		sum = bpf_csum_diff(0, 0, (__be32 *)tcp, sizeof(tcp), pseudo_sum(ends, header));
-		sum = (sum & 0xffff) + ((__u64)sum >> 16);
-		sum = (sum & 0xffff) + (sum >> 16);
-		check = ~sum;
+		check = ~fold(sum);
 	}
 	return bpf_skb_store_bytes(skb, at + 16, &check, 2, 0);
-}
-
-MAP(BPF_MAP_TYPE_PERCPU_ARRAY, sample_scratch, __u32, __u64, 1, 0);
-
-/* One request that was accepted here: counted for its rule, and told of at a bounded rate. */
-static __noinline int count_request(const struct context *c, const struct flow_key *key, const struct flow7 *f)
-{
-	__u64 now = now_ns(), *last, *count;
-	struct request_event *e;
-	const struct half *half;
-	__u32 zero = 0;
-
-	if (!c || !key || !f)
-		return 0;
-	count = bpf_map_lookup_elem(&requests, &c->rule);
-	if (count)
-		*count += 1;
-	last = bpf_map_lookup_elem(&sample_scratch, &zero);
-	if (!last || now - *last < REQUEST_INTERVAL_NS)
-		return 0;
-	*last = now;
-	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
-	if (!e)
-		return 0;
-	half = &f->half[f->initiator & 1];
-	__builtin_memset(&e->event, 0, sizeof(e->event));
-	e->event.time = bpf_ktime_get_ns();
-	e->event.key = *key;
-	e->event.rule = c->rule;
-	e->event.identity = c->identity;
-	e->event.ifindex = c->ifindex;
-	e->event.length = c->length;
-	e->event.type = EVENT_REQUEST;
-	e->event.verdict = VERDICT_ALLOW;
-	e->event.direction = c->direction;
-	e->event.flags = c->flags;
-	e->profile = f->profile;
-	e->generation = f->generation;
-	e->head_len = half->record_len;
-	e->pad = 0;
-	__builtin_memcpy(e->head, half->record, REQUEST_HEAD);
-	bpf_ringbuf_submit(e, 0);
-	return 0;
 }
 
 static __always_inline int flow7_step(struct __sk_buff *skb, struct context *c, const struct port *port,
@@ -300,6 +219,7 @@ static __always_inline int flow7_step(struct __sk_buff *skb, struct context *c, 
 	c->flags = f->flags;
 	if (accepted) {
 		c->rule = accepted;
+		c->verdict = VERDICT_ALLOW;
 		count_request(c, key, f);
 	}
 	if (step & STEP_DROP)
