@@ -117,9 +117,8 @@ class Enforcement:
             LabelSet, PolicySource
         ] = {}  # and was: nothing is parsed twice; who went last comes last
         self._refused: tuple[Known, float] | None = None  # and since when
-        self._standing: Standing | None = (
-            None  # what the kernel has, where that is known; and of what it was made
-        )
+        # what the kernel has, where that is known; and of what it was made
+        self._standing: Standing | None = None
         self._made_of: tuple[tuple[PolicySource, ...], dict[LabelSet, PolicySource]] | None = None
         self._files = files or PolicyFiles()
         self._stamps = stamps(path, loaded.config)

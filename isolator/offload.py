@@ -19,20 +19,17 @@ from isolator.control.agent_view import OffloadStatus, ProfileStatus, Requests
 from isolator.core.automaton.states import Automaton
 from isolator.core.compile import PolicyEntry
 from isolator.core.model import Direction, Endpoint, RuleRef
-from isolator.core.policy import Outcome, Profile
+from isolator.core.policy import Outcome, Profile, protocol_name
+from isolator.core.standing import Tables
 from isolator.core.tally import Misfit, Tally
 from isolator.datapath.abi import STATES_MAX
 from isolator.datapath.automata import Accepted
 
 KEPT = 3
 NO_ROOM = "all of it: no room among the states of all profiles"
-_PROTOCOLS = {0: "any", 1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6"}
 
 Use = tuple[int, Direction, int, int]
 """entry's endpoint, direction, protocol, port"""
-
-Tables = Mapping[tuple[int, Direction], int]
-"""What the entries of an endpoint in a direction have in the place of an endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,5 +213,4 @@ def rules_of(outcome: Outcome) -> Iterator[RuleRef]:
 
 
 def port_text(direction: Direction, protocol: int, port: int) -> str:
-    name = _PROTOCOLS.get(protocol, str(protocol))
-    return f"{direction.name.lower()} {name}/{port or 'any'}"
+    return f"{direction.name.lower()} {protocol_name(protocol)}/{port or 'any'}"

@@ -92,23 +92,31 @@ def compile_policies(
     """`endpoints` and their `addresses` by number. Raises PolicyTooLarge. Same input, same numbers."""
     policies = tuple(policies)
     identities = build_identities(policies, endpoints, addresses, outsiders)
-    if len(identities.prefixes) > IDENTITIES_MAX // GENERATIONS:
-        held = IDENTITIES_MAX // GENERATIONS
-        raise PolicyTooLarge(
-            f"{len(identities.prefixes)} networks and addresses, of {held}: name fewer networks"
-        )
+    require_room(len(identities.prefixes), 0)
     compiler = Compiler(policies, identities)
     entries: list[PolicyEntry] = []
     for number, endpoint in sorted(endpoints.items()):
         for direction in Direction:
             entries.extend(compiler.entries(number, endpoint, direction))
-            if len(entries) > POLICY_MAX // GENERATIONS:
-                held = POLICY_MAX // GENERATIONS
-                raise PolicyTooLarge(f"more than {held} policy entries: name fewer networks and ports")
+            require_room(0, len(entries))
     return Compiled(
         generation, identities.prefixes, tuple(entries),
         compiler.profiles, compiler.rules, dict(identities.names),
     )  # fmt: skip
+
+
+def require_room(prefixes: int, entries: int) -> None:
+    """Raises PolicyTooLarge where the kernel's maps do not hold two generations of so many."""
+    if prefixes > (held := IDENTITIES_MAX // GENERATIONS):
+        raise PolicyTooLarge(f"{prefixes} networks and addresses, of {held}: name fewer networks")
+    if entries > (held := POLICY_MAX // GENERATIONS):
+        raise PolicyTooLarge(f"more than {held} policy entries: name fewer networks and ports")
+
+
+def entries_of(number: int, direction: Direction, rows: Iterable[Row]) -> list[PolicyEntry]:
+    """`number`: what an entry has as its endpoint."""
+    ends = (number, direction)
+    return [PolicyEntry._make(ends + row) for row in rows]
 
 
 class Compiler:
@@ -134,8 +142,7 @@ class Compiler:
         return {number: ref for ref, number in self._rule_numbers.items()}
 
     def entries(self, number: int, endpoint: Endpoint, direction: Direction) -> list[PolicyEntry]:
-        ends = (number, direction)
-        return [PolicyEntry._make(ends + row) for row in self.table(endpoint, direction).rows]
+        return entries_of(number, direction, self.table(endpoint, direction).rows)
 
     def table(self, endpoint: Endpoint, direction: Direction) -> Table:
         """The same for all endpoints that the same policies select."""

@@ -141,16 +141,10 @@ class Flow:
         self.key = key
         self.endpoint = endpoint
         self.initiator = Direction(pinned.initiator)
-        self.profile = profile
-        self.generation = pinned.generation
+        self.renew(pinned, profile)
         self.incarnation = pinned.incarnation
         # denied or reset by an agent before this one: what it meant to say is lost
         self.state = State.CLOSED if client.owner is Owner.CLOSED else State.OPEN
-        self.lendable = bool(pinned.automaton)  # the kernel can decide some of its requests
-        self.lent = client.owner in (
-            Owner.KERNEL,
-            Owner.BUSY,
-        )  # and may: `next` can be beyond what is known here
         self.returned = True  # the kernel had it, and did not accept what comes now
         self.wire: list[tuple[int, bytes]] = []  # where the table finds it
 
@@ -202,6 +196,13 @@ class Flow:
         self.resets = RESETS_MAX  # that may still be sent
         self.until = 0.0  # s; patience ends
         self.wake_at: float | None = None  # s; when time has to be looked at
+
+    def renew(self, pinned: FlowState, profile: Profile) -> None:
+        """What a changed policy changes of a flow that is known."""
+        self.profile, self.generation = profile, pinned.generation
+        self.lendable = bool(pinned.automaton)  # the kernel can decide some of its requests
+        # and may: `next` can be beyond what is known here
+        self.lent = pinned.client.owner in (Owner.KERNEL, Owner.BUSY)
 
     @property
     def next(self) -> int:

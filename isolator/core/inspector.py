@@ -22,7 +22,7 @@ from isolator.core.commands import Command, Commit, Drop, Forward, Read, Report
 from isolator.core.flow import Flow, FlowState, FlowTable, State
 from isolator.core.judge import Judge, Judged
 from isolator.core.known import cut_acknowledged, in_window, known_bytes
-from isolator.core.model import Decision, DropReason, Owner, PuntReason, RuleRef
+from isolator.core.model import Decision, DropReason, PuntReason, RuleRef
 from isolator.core.policy import Profile
 from isolator.core.segments import remember, to_client, to_server
 from isolator.core.tally import Misfit
@@ -101,11 +101,7 @@ class Inspector:
         if flow is not None:
             known = flow.incarnation == pinned.incarnation
             if known and (flow.state is not State.OPEN or flow.next == pinned.client.next):
-                flow.generation, flow.profile = pinned.generation, profile
-                flow.lendable, flow.lent = (
-                    bool(pinned.automaton),
-                    pinned.client.owner in (Owner.KERNEL, Owner.BUSY),
-                )
+                flow.renew(pinned, profile)
                 return flow
             self.forget(flow)
         flow = Flow(key, where >> 1, pinned, profile)

@@ -136,6 +136,11 @@ Peer = Selected | Range | World
 # -- what --------------------------------------------------------------------------------------------------
 
 
+def protocol_name(number: int) -> str:
+    """As policies write it."""
+    return next((name for name, each in PROTOCOLS.items() if each == number), str(number))
+
+
 @dataclass(frozen=True, slots=True)
 class PortMatch:
     """The serving side's port; 0: any. `protocol` is IANA's number; 0: any, and then the port is 0 too."""
@@ -148,9 +153,7 @@ class PortMatch:
         return self.protocol in (0, protocol) and self.port in (0, port)
 
     def __str__(self) -> str:
-        name = next(
-            (name for name, number in PROTOCOLS.items() if number == self.protocol), str(self.protocol)
-        )
+        name = protocol_name(self.protocol)
         return f"{name}/{self.port}" if self.port else name
 
 

@@ -16,9 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from isolator.core.compile import GENERATIONS, POLICY_MAX, Compiler, PolicyEntry, PolicyTooLarge, Row, Table
+from isolator.core.compile import Compiler, PolicyEntry, PolicyTooLarge, Table, entries_of, require_room
 from isolator.core.identities import (
-    IDENTITIES_MAX,
     Address,
     Families,
     build_identities,
@@ -219,19 +218,7 @@ class Standing:
         }
 
     def _fit(self) -> None:
-        if len(self._prefixes) > IDENTITIES_MAX // GENERATIONS:
-            held = IDENTITIES_MAX // GENERATIONS
-            raise PolicyTooLarge(
-                f"{len(self._prefixes)} networks and addresses, of {held}: name fewer networks"
-            )
-        if self._size > POLICY_MAX // GENERATIONS:
-            held = POLICY_MAX // GENERATIONS
-            raise PolicyTooLarge(f"more than {held} policy entries: name fewer networks and ports")
-
-
-def entries_of(number: int, direction: Direction, rows: Iterable[Row]) -> list[PolicyEntry]:
-    ends = (number, direction)
-    return [PolicyEntry._make(ends + row) for row in rows]
+        require_room(len(self._prefixes), self._size)
 
 
 def holders(

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from isolator.core.automaton.states import ALTERNATIVES_MAX, EDGES_MAX
 from isolator.core.model import Direction, DropReason, FlowFlag, Owner, PuntReason, Side, Verdict
 
 LAYOUT_VERSION = 4  # ISOLATOR_LAYOUT
@@ -20,7 +21,6 @@ WINDOWS_MAX = 4
 WINDOW_BYTES_MAX = 1 << 30
 REASONS_MAX = 64
 STATES_MAX, TABLES_MAX, OUTCOMES_MAX, REQUESTS_MAX = 65536, 16384, 32768, 65536
-STEPS_MAX, STRIDE, EDGES_MAX, LINES_MAX, ALTERNATIVES_MAX = 512, 16, 4, 100, 4
 TABLE_OTHER = 0xFFFF
 REQUEST_HEAD = 256
 EVENT_INTERVAL_NS = 1_000_000

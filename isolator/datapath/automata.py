@@ -12,11 +12,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from isolator.core.automaton.states import OCTETS, Automaton, Kind, Octet, State
-from isolator.core.model import RuleRef
-from isolator.datapath.abi import (
+from isolator.core.automaton.states import (
     ALTERNATIVES_MAX,
     EDGES_MAX,
+    OCTETS,
+    Automaton,
+    Kind,
+    Octet,
+    State,
+)
+from isolator.core.model import RuleRef
+from isolator.datapath.abi import (
     OUTCOME,
     OUTCOMES_MAX,
     REQUESTS_MAX,

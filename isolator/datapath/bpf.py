@@ -19,7 +19,6 @@ from isolator.core.model import DropReason
 from isolator.datapath import attach
 from isolator.datapath.abi import (
     ENDPOINT,
-    POLICY_KEY,
     REASONS_MAX,
     SELECTION,
     STATES_MAX,
@@ -364,7 +363,7 @@ class Datapath:
         hits: dict[int, int] = {}
         gone = []
         for key, value in self.maps["policy"].items():
-            if (int.from_bytes(key[:4], "little") in generations) is inside:
+            if (_generation_of(key) in generations) is inside:
                 gone.append(key)
                 found = PolicyValue.unpack(value)
                 hits[found.rule] = hits.get(found.rule, 0) + found.hits
@@ -383,7 +382,7 @@ class Datapath:
         """Flows that each rule of the policy in force has decided so far."""
         hits: dict[int, int] = {}
         for key, value in self.maps["policy"].items():
-            if POLICY_KEY.struct.unpack(key)[0] == self._base:
+            if _generation_of(key) == self._base:
                 found = PolicyValue.unpack(value)
                 hits[found.rule] = hits.get(found.rule, 0) + found.hits
         return hits

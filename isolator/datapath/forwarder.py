@@ -300,9 +300,8 @@ class Forwarder:
             record=(c.expect, c.record) if c.record is not None and len(c.record) <= RECORD_MAX else None,
         )  # fmt: skip
         if answer.outcome is Outcome.OK:
-            flow.lent = (
-                c.lend
-            )  # whatever has become of it meanwhile: it is taken back, and read, with the next frame
+            # whatever has become of it meanwhile: it is taken back, and read, with the next frame
+            flow.lent = c.lend
             self._inspector.committed(flow, answer.acked)
             if c.window is not None:
                 self._gated[flow] = time.perf_counter() + GATE_SHUT

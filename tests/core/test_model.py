@@ -6,6 +6,8 @@ from enum import IntEnum
 
 import pytest
 
+from isolator.core.automaton import states
+from isolator.core.automaton.states import Kind
 from isolator.core.model import (
     Direction,
     DropReason,
@@ -17,6 +19,7 @@ from isolator.core.model import (
     Side,
     Verdict,
 )
+from parsers.http1 import HEADERS_MAX
 from tests.header import numbers
 
 ENUMS: list[tuple[type[IntEnum], str]] = [
@@ -27,6 +30,7 @@ ENUMS: list[tuple[type[IntEnum], str]] = [
     (Owner, "OWNER_"),
     (PolicyFlag, "POLICY_"),
     (FlowFlag, "FLOW_"),
+    (Kind, "STATE_"),
 ]
 NOT_MEMBERS = {"POLICY_MAX"}
 
@@ -39,6 +43,12 @@ def test_enum_has_the_headers_numbers(enum: type[IntEnum], prefix: str) -> None:
         if name.startswith(prefix) and name not in NOT_MEMBERS
     }
     assert {member.name: member.value for member in enum} == header
+
+
+def test_an_automatons_bounds_are_the_headers() -> None:
+    bounds = ("STEPS_MAX", "STRIDE", "EDGES_MAX", "ALTERNATIVES_MAX")
+    assert {name: getattr(states, name) for name in bounds} == {name: numbers()[name] for name in bounds}
+    assert (numbers()["RECORD_MAX"], numbers()["LINES_MAX"]) == (states.HEAD_MAX, HEADERS_MAX)
 
 
 def test_directions() -> None:
