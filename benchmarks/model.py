@@ -1,7 +1,7 @@
 """`python -m benchmarks model`: the constants of docs/scaling.md, measured; and what a node would carry by them.
 
-One agent between two containers, as in the race: its CPU and memory, and that of its maps, by proc(5). The kernel's
-own work is in none of the figures.
+One agent between two containers, as in the race, that decides every request in Python: its CPU and memory, and that of
+its maps, by proc(5). The kernel's own work is in none of the figures.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from benchmarks.load import process_seconds, wrk
 from benchmarks.place import HTTP, PAGE, Place, Route, place, resident
 from benchmarks.suites import FULL, Run
 from benchmarks.suites.flows import FORGOTTEN_AFTER, held
-from benchmarks.systems.isolator import Isolator
+from benchmarks.systems.isolator_python import IsolatorPython
 from isolator.control.config import load
 from isolator.datapath.bpf import FLOWS7_QUOTA
 from isolator.datapath.node import LINGER_NS
-from isolator.lab import PREFIX, wait_for
+from isolator.lab import PREFIX, ask_agent, wait_for
 
 FLOWS, ENDPOINTS, RULES = 4_000, 20, 1_000
 REQUESTS, CONNECTS = 9, 3  # rounds of a second; the median counts
@@ -64,7 +64,7 @@ UNITS = {
 
 def measured() -> Constants:
     with place() as made:
-        system = Isolator()
+        system = IsolatorPython()
         route = system.start(made)
         try:
             return constants(made, system, route)
@@ -72,12 +72,12 @@ def measured() -> Constants:
             system.stop(made)
 
 
-def constants(made: Place, system: Isolator, route: Route) -> Constants:
+def constants(made: Place, system: IsolatorPython, route: Route) -> Constants:
     """Memory first: what load has once allocated stays with the process."""
     (pid,) = system.processes()
     time.sleep(2)
     agent, maps = resident(pid), map_bytes(pid) / 1e6
-    endpoints = growth(pid, lambda: more_endpoints(made))
+    endpoints = growth(pid, lambda: more_endpoints(made, system))
     rules = growth(pid, lambda: system.apply(made, RULES))[0]
     system.apply(made, 0)
     with held(Run(made, system, route, FULL), 1, (HTTP,)):
@@ -89,7 +89,7 @@ def constants(made: Place, system: Isolator, route: Route) -> Constants:
     return Constants(
         agent, maps, request, new - request,
         flows[0] / FLOWS, flows[1] / FLOWS,
-        rule_us(made, system), rules / RULES,
+        rule_us(system), rules / RULES,
         endpoints[0] / ENDPOINTS / 1e3, endpoints[1] / ENDPOINTS / 1e3,
     )  # fmt: skip
 
@@ -143,31 +143,31 @@ def new_us(pid: int, made: Place, route: Route) -> float:
     return cpu_us(pid, made, route, 16, "Connection: close")
 
 
-def rule_us(made: Place, system: Isolator) -> float:
+def rule_us(system: IsolatorPython) -> float:
     """Reading and checking the policy's file; the agent then compiles it (benchmarks.micro), too."""
     took = []
     for rules in (0, RULES):
-        (made.lab.root / "policies" / "api.yaml").write_text(system.config(rules))
+        (system.root / "policies" / "api.yaml").write_text(system.config(rules))
         began = time.process_time()
-        load(made.lab.root / "isolator.yaml")
+        load(system.root / "isolator.yaml")
         took.append(time.process_time() - began)
     return (took[1] - took[0]) / RULES * 1e6
 
 
-def more_endpoints(made: Place) -> None:
+def more_endpoints(made: Place, system: IsolatorPython) -> None:
     """So many containers more, all selected by the policy."""
     names = [f"more{number}" for number in range(ENDPOINTS)]
     for name in names:
         made.container(name)
-    with (made.lab.root / "isolator.yaml").open("a") as file:
+    with (system.root / "isolator.yaml").open("a") as file:
         for name in names:
             labels = "{app: bookstore, role: api}"
             file.write(f"  - {{name: {name}, netns: {PREFIX}-{name}, interface: eth0, labels: {labels}}}\n")
-    wait_for(lambda: set(names) <= enforced(made), "the endpoints are not enforced", 60)
+    wait_for(lambda: set(names) <= enforced(system), "the endpoints are not enforced", 60)
 
 
-def enforced(made: Place) -> set[str]:
-    told = made.lab.ask("/v1/status").get("endpoints", [])
+def enforced(system: IsolatorPython) -> set[str]:
+    told = ask_agent(system.state, "/v1/status").get("endpoints", [])
     return {each["name"] for each in told if each["state"] == "enforced"}
 
 
@@ -192,7 +192,8 @@ class Carried:
 def carried(each: Constants, containers: int, rules: int) -> Carried:
     """`rules`: HTTP rules of each container. One Python process, so no number of cores is in it.
 
-    A place in the table of inspected flows is given back when the flow has ended, lingered, and been looked for.
+    A place in the table of inspected flows is given back at once where both ends have closed. Counted here are flows
+    that end with a reset: theirs is, when they have lingered, and been looked for.
     """
     place_taken = LINGER_NS / 1e9 + AGE_EVERY / 2
     return Carried(

@@ -247,9 +247,7 @@ class Lab:
     # the agent
 
     def start_agent(self) -> None:
-        with (self.root / "agent.log").open("a") as log:
-            command = [sys.executable, "-m", "isolator.daemon", "run", str(self.root / "isolator.yaml")]
-            self.agent = subprocess.Popen(command, stdout=log, stderr=log, text=True)
+        self.agent = run_agent(self.root)
         self.wait_ready()
 
     def wait_ready(self) -> None:
@@ -262,12 +260,7 @@ class Lab:
         self.agent = None
 
     def ask(self, target: str) -> dict[str, Any]:
-        from isolator.control.client import Client, ClientError
-
-        with contextlib.suppress(ClientError, OSError):
-            client = Client(STATE / "isolator.sock")
-            return client.status() if target == "/v1/status" else {"flows": list(client.flows())}
-        return {}
+        return ask_agent(STATE, target)
 
     def log_text(self) -> str:
         return (self.root / "agent.log").read_text()
@@ -282,6 +275,23 @@ class Lab:
             "ethtool -k eth0",
         )
         return "".join(self.inside(name, *command.split()) for name in ("web", "api") for command in commands)
+
+
+def run_agent(folder: Path) -> subprocess.Popen[str]:
+    """Of the folder's isolator.yaml; it logs beside it."""
+    with (folder / "agent.log").open("a") as log:
+        command = [sys.executable, "-m", "isolator.daemon", "run", str(folder / "isolator.yaml")]
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True)
+
+
+def ask_agent(state_dir: Path, target: str) -> dict[str, Any]:
+    """Of the agent there, /v1/status or /v1/flows; empty, where none answers."""
+    from isolator.control.client import Client, ClientError
+
+    with contextlib.suppress(ClientError, OSError):
+        client = Client(state_dir / "isolator.sock")
+        return client.status() if target == "/v1/status" else {"flows": list(client.flows())}
+    return {}
 
 
 def forget_agent(state_dir: Path) -> None:

@@ -9,7 +9,7 @@ from benchmarks.place import BULK, HOLD, HTTP, UPLOAD, Place, Route, wait_answer
 from benchmarks.policy import METHODS, PREFIX_ALLOWED, UPLOAD_PATH, more_paths, rule_path
 from benchmarks.systems.base import Kind
 from isolator import __version__
-from isolator.lab import API, PREFIX, wait_for
+from isolator.lab import API, PREFIX, STATE, wait_for
 
 POLICY = """\
 kind: Policy
@@ -44,6 +44,9 @@ NEWCOMER_LINE = (
 
 
 class Isolator:
+    """`root`: the folder of its configuration; `state`: its state folder."""
+
+    state = STATE
     name, kind, layer7, refusal = "isolator", Kind.INLINE, True, "403"
     set_up = (
         "One agent, both containers spliced (the policy selects the server). The kernel decides layer 4 and requests "
@@ -53,7 +56,7 @@ class Isolator:
 
     def __init__(self) -> None:
         self._pid = 0
-        self._root = Path()
+        self.root = Path()
         self._route = Route("web", API, "api")
 
     def missing(self) -> str:
@@ -78,13 +81,13 @@ class Isolator:
         )
 
     def start(self, place: Place, policy: bool = True) -> Route:
-        self._root = place.lab.root
-        (self._root / "policies" / "api.yaml").write_text(self.config(policy=policy))
+        self.root = place.lab.root
+        (self.root / "policies" / "api.yaml").write_text(self.config(policy=policy))
         place.lab.start_agent()
         assert place.lab.agent is not None
         self._pid = place.lab.agent.pid
         wait_answer(place, self._route)
-        with (self._root / "isolator.yaml").open("a") as file:
+        with (self.root / "isolator.yaml").open("a") as file:
             file.write(NEWCOMER_LINE)
         return self._route
 
@@ -99,9 +102,9 @@ class Isolator:
 
     def edit(self, place: Place, rules: int, extra: bool) -> None:
         """The file is replaced; the agent looks for that once a second."""
-        draft = self._root / "draft"
+        draft = self.root / "draft"
         draft.write_text(self.config(rules, extra=extra))
-        draft.replace(self._root / "policies" / "api.yaml")
+        draft.replace(self.root / "policies" / "api.yaml")
 
     def stop(self, place: Place) -> None:
         place.lab.stop_agent(signal.SIGTERM)

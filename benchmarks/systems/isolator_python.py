@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from benchmarks.place import Place, Route, wait_answer
 from benchmarks.systems.isolator import Isolator
-from isolator.lab import PREFIX, forget_agent, wait_for
+from isolator.lab import PREFIX, ask_agent, forget_agent, run_agent, wait_for
 
 STATE = Path("/run/isolator-demo-python")
 CLIENT, SERVER = "python-web", "python-api"
@@ -26,34 +24,28 @@ endpoints:
 
 class IsolatorPython(Isolator):
     name = "isolator-python"
+    state = STATE
     set_up = "As isolator, with `datapath: {l7: python}`: no request is decided in the kernel."
 
     def start(self, place: Place, policy: bool = True) -> Route:
-        forget_agent(STATE)
-        self._root = place.lab.root / self.name
-        (self._root / "policies").mkdir(parents=True, exist_ok=True)
-        (self._root / "isolator.yaml").write_text(CONFIG)
-        (self._root / "policies" / "api.yaml").write_text(self.config(policy=policy))
+        forget_agent(self.state)
+        self.root = place.lab.root / self.name
+        (self.root / "policies").mkdir(parents=True, exist_ok=True)
+        (self.root / "isolator.yaml").write_text(CONFIG)
+        (self.root / "policies" / "api.yaml").write_text(self.config(policy=policy))
         place.container(CLIENT)
         self._route = Route(CLIENT, place.server(SERVER), SERVER)
         wait_answer(place, self._route)
-        with (self._root / "agent.log").open("w") as log:
-            command = [sys.executable, "-m", "isolator.daemon", "run", str(self._root / "isolator.yaml")]
-            agent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
-        place.lab.processes.append(agent)
-        self._agent, self._pid = agent, agent.pid
+        self._agent = run_agent(self.root)
+        self._pid = self._agent.pid
+        place.lab.processes.append(self._agent)
         wait_for(self._is_ready, "the agent without automata does not get ready")
         wait_answer(place, self._route)
         return self._route
 
     def _is_ready(self) -> bool:
-        from isolator.control.client import Client, ClientError
-
-        try:
-            return bool(Client(STATE / "isolator.sock").status().get("ready"))
-        except (ClientError, OSError):
-            return False
+        return bool(ask_agent(self.state, "/v1/status").get("ready"))
 
     def stop(self, place: Place) -> None:
         place.end(self._agent)
-        forget_agent(STATE)
+        forget_agent(self.state)
